@@ -1,0 +1,42 @@
+"""The memory workbench: what a language model memorizes, when, for how long, and where.
+
+Public names resolve on first use, so that ``import workbench`` costs next to nothing and does not
+import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+_HOME = {
+    "workbench.table": "METRICS InputError load rows save validate",
+    "workbench.models": "LanguageModel load_checkpoints load_model",
+    "workbench.items": "load_items make_biographies make_canaries make_controls make_foils",
+    "workbench.suite": "load_suite",
+    "workbench.probes.likelihood": "probe_likelihood",
+    "workbench.probes.extraction": "probe_extraction",
+    "workbench.probes.membership": "probe_membership",
+    "workbench.probes.recognition": "probe_recognition",
+    "workbench.probes.recall": "probe_recall",
+    "workbench.probes.curvature": "probe_curvature",
+    "workbench.stats.summarise": "summarise",
+    "workbench.stats.profile": "memorization_profile",
+    "workbench.stats.laws": "fit_forgetting",
+    "workbench.stats.retention": "retention_curve",
+    "workbench.report": "run_report",
+}
+_WHERE = {name: module for module, names in _HOME.items() for name in names.split()}
+__all__ = sorted(_WHERE)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name.startswith("plot_"):
+        return getattr(importlib.import_module("workbench.plots"), name)
+    if name not in _WHERE:
+        raise AttributeError(f"module 'workbench' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
