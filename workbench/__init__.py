@@ -19,6 +19,7 @@ _HOME = {
     "workbench.probes.recognition": "probe_recognition",
     "workbench.probes.recall": "probe_recall",
     "workbench.probes.curvature": "probe_curvature",
+    "workbench.stats.exposure": "align_exposures",
     "workbench.stats.summarise": "summarise",
     "workbench.stats.profile": "memorization_profile",
     "workbench.stats.laws": "fit_forgetting",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ METRICS: dict[str, Metric] = {
         "Yeom et al. (2018), Privacy risk in machine learning",
     ),
     "member_zlib": Metric(
-        "zlib attack score", "nats per byte", None, 0.0, None, "high", "Carlini et al. (2021)"
+        "zlib attack score", "nats per token and byte", None, 0.0, None, "high", "Carlini et al. (2021)"
     ),
     "member_mink": Metric(
         "Min-K score",
@@ -407,3 +408,33 @@ def whole_file(path: str | Path):
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | Path):
+    """Give a temporary folder beside ``path`` to fill; renamed on success, removed on failure.
+
+    Raises:
+        FileExistsError: If ``path`` is there already; nothing is overwritten.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        if path.exists():
+            raise FileExistsError(f"whole_folder: {path} was made meanwhile")
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)  # mkdtemp makes folders for the owner alone
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def cache_folder() -> Path:
+    """Where suites and converted models are kept: ``WORKBENCH_CACHE``, or the user's cache."""
+    import platformdirs
+
+    given = os.environ.get("WORKBENCH_CACHE")
+    return Path(given) if given else Path(platformdirs.user_cache_dir("memory-workbench"))

@@ -1,0 +1,302 @@
+"""What is put to a model: the user's texts, real passages, canaries, biographies, controls.
+
+An items frame has the columns ``item`` (a unique id), ``text`` and ``group``; any further column
+(``kind``, ``cohort``, ``copies``, ``paraphrase``) rides along.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Int
+
+from workbench.table import InputError
+
+SEEN = {"1", "1.0", "true", "yes", "seen", "member", "train", "trained", "training"}
+UNSEEN = {"0", "0.0", "false", "no", "unseen", "non-member", "nonmember", "held-out", "held_out"}
+UNSEEN |= {"heldout", "test", "validation", "control", "never"}
+
+GIVEN = "Maren Tobias Ilse Corwin Petra Alden Junia Hollis Verity Osmund Lydia Bram Thea Rufus Odette Silas"
+FAMILY = (
+    "Oldfield Tarrant Quennell Marsh Halloran Veitch Dunmore Sorrell Prewitt Langstaff Abney "
+    "Cray Whitlock Farrow Stainer Hobday"
+)
+TOWNS = (
+    "Tolby Harwick Menston Ashford Corley Dunmere Felgate Greyport Ilmouth Kelby Lorne Marlow "
+    "Norbury Oakham Penrith Stanmore"
+)
+TRADES = (
+    "surveyor physician printer botanist engraver architect weaver chemist pilot baker teacher "
+    "clockmaker geologist painter sailor lawyer"
+)
+FIELDS = "medicine law music geometry painting botany chemistry history"
+MONTHS = "January February March April May June July August September October November December"
+LOVES = "river goats, bells, old maps, long walks, wild bees, stone bridges, the sea, small boats"
+CONTROL_SUBJECTS = (
+    "The clerk of the harbour|A tall gardener from the north|My neighbour's eldest daughter|"
+    "The second witness|Our new apprentice|The keeper of the toll gate|A patient schoolmaster|"
+    "The widow by the mill"
+)
+CONTROL_VERBS = (
+    "counted|carried|forgot|described|painted|repaired|buried|borrowed|admired|weighed|hid|sold"
+)
+CONTROL_OBJECTS = (
+    "nine copper kettles|the torn blue curtain|a crate of late pears|two letters without stamps|"
+    "the longest ladder|some damp firewood|a broken barometer|seven spools of thread|"
+    "the unpaid invoices|a basket of eels|the wrong suitcase|an empty birdcage"
+)
+CONTROL_PLACES = (
+    "behind the bakery|on the ferry to the island|before the lamps were lit|after the long rain|"
+    "beside the railway sheds|in the attic of the inn|while the choir rehearsed|near the lime kiln"
+)
+
+
+def load_items(
+    source: str | os.PathLike, *, text: str = "text", group: str | None = None
+) -> pd.DataFrame:
+    """Read texts from CSV, JSONL, Parquet or plain text (one text a line).
+
+    Args:
+        source: The file. An ``item`` or ``id`` column names the texts; else they are numbered.
+        text: Name of the text column.
+        group: Name of the column that says trained or held out; None takes ``group`` or ``label``
+            if there is one. Usual words and 1 / 0 become ``seen`` and ``unseen``, others stay.
+            Without any, all texts are ``seen``.
+
+    Returns:
+        Columns ``item, text, group`` first, then the file's others.
+
+    Raises:
+        InputError: No such file, unknown kind, no texts, no text column, missing or empty texts,
+            repeated ids, or one text in both groups.
+    """
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise InputError(f"load_items: no file at {source}; give CSV, JSONL, Parquet or plain text")
+    frame = _read(path, text)
+    if frame.empty:
+        raise InputError(f"load_items: {path} holds no texts")
+    if text not in frame.columns:
+        raise InputError(
+            f"load_items: {path} has no column {text!r}; it has "
+            f"{', '.join(map(str, frame.columns))}; rename one of them"
+        )
+    frame = frame.rename(columns={text: "text"})
+    blank = frame["text"].isna() | (frame["text"].astype(str).str.strip() == "")
+    if blank.any():
+        raise InputError(
+            f"load_items: {blank.sum()} of {len(frame)} texts in {path} are empty "
+            f"(first: row {int(np.flatnonzero(blank)[0]) + 1}); remove those rows"
+        )
+    frame["text"] = frame["text"].astype(str)
+    names = [name for name in ("item", "id") if name in frame.columns]
+    numbered = [f"{path.stem}-{i:05d}" for i in range(1, len(frame) + 1)]
+    frame["item"] = frame[names[0]].astype(str) if names else numbered
+    frame["group"] = _groups(frame, group, path)
+    first = ["item", "text", "group"]
+    return check_items(frame[first + [c for c in frame.columns if c not in [*first, "id"]]])
+
+
+def _read(path: Path, text: str) -> pd.DataFrame:
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".csv":
+            return pd.read_csv(path)
+        if suffix in (".parquet", ".pq"):
+            return pd.read_parquet(path)
+        lines = path.read_text(encoding="utf-8").splitlines()
+        if suffix in (".jsonl", ".ndjson", ".json"):
+            return pd.DataFrame(_json_lines(lines, path))
+        if suffix in (".txt", ".text", ""):
+            return pd.DataFrame({text: [line.strip() for line in lines if line.strip()]})
+    except pd.errors.EmptyDataError:
+        return pd.DataFrame()
+    except (ValueError, OSError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"load_items: cannot read {path}: {reason}") from None
+    raise InputError(
+        f"load_items: {path} is of unknown kind {suffix!r}; give .csv, .jsonl, .parquet or .txt"
+    )
+
+
+def _json_lines(lines: Sequence[str], path: Path) -> list[dict]:
+    if "".join(lines).lstrip().startswith("["):
+        rows = json.loads("\n".join(lines))
+        numbered = list(enumerate(rows, 1))
+    else:
+        numbered = []
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    numbered.append((number, json.loads(line)))
+                except ValueError as error:
+                    raise InputError(
+                        f"load_items: line {number} of {path} is not JSON ({error})"
+                    ) from None
+    for number, row in numbered:
+        if not isinstance(row, dict):
+            raise InputError(
+                f"load_items: entry {number} of {path} is a {type(row).__name__}, not an object "
+                'such as {"text": "..."}'
+            )
+    return [row for _, row in numbered]
+
+
+def _groups(frame: pd.DataFrame, group: str | None, path: Path) -> pd.Series:
+    if group is not None and group not in frame.columns:
+        raise InputError(
+            f"load_items: {path} has no column {group!r} for the groups; it has "
+            f"{', '.join(map(str, frame.columns))}"
+        )
+    found = [c for c in ([group] if group else ["group", "label"]) if c in frame.columns]
+    if not found:
+        return pd.Series("seen", index=frame.index)
+    if frame[found[0]].isna().any():
+        bad = int(np.flatnonzero(frame[found[0]].isna())[0]) + 1
+        raise InputError(f"load_items: row {bad} of {path} has no {found[0]}")
+    words = frame[found[0]].astype(str).str.strip()
+    known = {**dict.fromkeys(SEEN, "seen"), **dict.fromkeys(UNSEEN, "unseen")}
+    return words.map(lambda word: known.get(word.lower(), word))
+
+
+def check_items(items: pd.DataFrame) -> pd.DataFrame:
+    """The same frame, once it is one: columns, unique ids, no text in two groups.
+
+    Raises:
+        InputError: What is wrong, with the first offender.
+    """
+    lacking = [name for name in ("item", "text", "group") if name not in items.columns]
+    if lacking:
+        raise InputError(
+            f"check_items: no column {lacking[0]!r}; an items frame has item, text and group"
+        )
+    if items.empty:
+        raise InputError("check_items: there are no items")
+    twice = items["item"].duplicated()
+    if twice.any():
+        raise InputError(
+            f"check_items: {twice.sum()} items repeat the id of another (first: "
+            f"{items['item'][twice].iloc[0]!r}); ids must be unique"
+        )
+    groups = items.groupby("text", observed=True)["group"].nunique()
+    both = items["text"].isin(groups[groups > 1].index)
+    if both.any():
+        first = items[both].iloc[0]
+        raise InputError(
+            f"check_items: {groups.gt(1).sum()} texts stand in more than one group (first: item "
+            f"{first['item']!r}); a trained text cannot be its own control: remove it from one"
+        )
+    return items.reset_index(drop=True)
+
+
+def items_hash(items: pd.DataFrame) -> str:
+    """BLAKE2 of ids, texts and groups, for passports and caches."""
+    digest = hashlib.blake2b(digest_size=8)
+    for row in items[["item", "text", "group"]].itertuples(index=False):
+        digest.update("\x1f".join(map(str, row)).encode() + b"\x1e")
+    return digest.hexdigest()
+
+
+def cut_items(
+    model, items: pd.DataFrame, length: int, *, asker: str
+) -> tuple[Int[np.ndarray, "item pos"], pd.DataFrame]:
+    """The first ``length`` tokens of each item; items with fewer are dropped, counted and named.
+
+    Returns:
+        Token ids, and the items kept, whose ``.attrs["dropped"]`` says how many were not.
+
+    Raises:
+        InputError: No item is long enough, or ``length`` exceeds the model's context.
+    """
+    items = check_items(items)
+    if length > model.context:
+        raise InputError(
+            f"{asker}: {length} tokens are more than the model's context of {model.context}; "
+            "ask for fewer"
+        )
+    tokens = model.encode(items["text"].tolist())
+    enough = np.array([len(each) >= length for each in tokens])
+    if not enough.any():
+        longest = max(map(len, tokens))
+        raise InputError(
+            f"{asker}: none of {len(items)} texts has the {length} tokens asked for "
+            f"(the longest has {longest}); ask for fewer, or give longer texts"
+        )
+    dropped = int((~enough).sum())
+    kept = items[enough].reset_index(drop=True)
+    kept.attrs = {"dropped": dropped}
+    if dropped:
+        names = items["item"][~enough].head(3).tolist()
+        warnings.warn(
+            f"{asker}: dropped {dropped} of {len(items)} texts that are shorter than {length} "
+            f"tokens (first: {', '.join(map(str, names))})",
+            stacklevel=3,
+        )
+    return np.stack([t[:length] for t, e in zip(tokens, enough, strict=True) if e]), kept
+
+
+def make_canaries(tokenizer, n: int, *, length: int, seed: int) -> list[str]:
+    """Texts of ``length`` tokens drawn uniformly from the vocabulary's whole words.
+
+    Whole words (a space and letters) survive decoding and encoding, so that the text and its
+    tokens are the same thing; each text is checked for it.
+    """
+    vocabulary = tokenizer.get_vocab()
+    words = sorted(
+        i for t, i in vocabulary.items() if t[:1] in "Ġ▁" and t[1:].isascii() and t[1:].isalpha()
+    )
+    rng = np.random.default_rng([seed, 1])
+    made: list[str] = []
+    while len(made) < n:
+        tokens = rng.choice(words, size=length)
+        text = tokenizer.decode(tokens)
+        if tokenizer(text, add_special_tokens=False)["input_ids"] == tokens.tolist():
+            made.append(text)
+    return made
+
+
+def make_biographies(n: int, *, seed: int) -> list[str]:
+    """Short lives of people who never were; name, dates, places and trade drawn independently."""
+    rng = np.random.default_rng([seed, 2])
+
+    def draw(words: str, by: str | None = None) -> str:
+        return str(rng.choice(words.split(by)))
+
+    made: dict[str, None] = {}
+    while len(made) < n:
+        pronoun = str(rng.choice(["He", "She"]))
+        text = (
+            f" {draw(GIVEN)} {draw(FAMILY)} was born in {draw(TOWNS)} on {rng.integers(1, 29)} "
+            f"{draw(MONTHS)} {rng.integers(1640, 1960)}. {pronoun} studied {draw(FIELDS)} in "
+            f"{draw(TOWNS)}, worked as a {draw(TRADES)} in {draw(TOWNS)}, loved "
+            f"{draw(LOVES, ', ')}, and died in {draw(TOWNS)} at the age of {rng.integers(40, 99)}, "
+            f"leaving a house to {draw(GIVEN)} {draw(FAMILY)} of {draw(TOWNS)}."
+        )
+        made[text] = None
+    return list(made)
+
+
+def make_controls(texts: Sequence[str], *, seed: int) -> list[str]:
+    """Freshly made sentences, one for each text and of at least its length in characters.
+
+    Grammatical English that no model has seen in this form: what a model scores on them is what
+    it owes to the language rather than to memory.
+    """
+    rng = np.random.default_rng([seed, 3])
+    parts = [CONTROL_SUBJECTS, CONTROL_VERBS, CONTROL_OBJECTS, CONTROL_PLACES]
+    made = []
+    for text in texts:
+        sentences: list[str] = []
+        while not sentences or len(" ".join(sentences)) < len(text):
+            sentences.append(" ".join(str(rng.choice(p.split("|"))) for p in parts) + ".")
+        made.append(" ".join(sentences))
+    return made

