@@ -11,7 +11,9 @@ import importlib
 _HOME = {
     "workbench.table": "METRICS InputError load rows save validate",
     "workbench.models": "LanguageModel load_checkpoints load_model",
-    "workbench.items": "load_items make_biographies make_canaries make_controls make_foils",
+    "workbench.items": "load_items make_biographies make_canaries make_controls",
+    "workbench.foils": "make_foils make_study_lists",
+    "workbench.retention": "choose_learning_rate study_and_retain",
     "workbench.suite": "load_suite",
     "workbench.probes.likelihood": "probe_likelihood",
     "workbench.probes.extraction": "probe_extraction",
@@ -19,12 +21,14 @@ _HOME = {
     "workbench.probes.recognition": "probe_recognition",
     "workbench.probes.recall": "probe_recall",
     "workbench.probes.curvature": "probe_curvature",
+    "workbench.subject": "load_subject",
     "workbench.stats.exposure": "align_exposures",
+    "workbench.stats.effects": "compare_with_truth item_gains twin_effects",
     "workbench.stats.summarise": "summarise",
     "workbench.stats.profile": "memorization_profile",
     "workbench.stats.laws": "fit_forgetting",
     "workbench.stats.retention": "retention_curve",
-    "workbench.report": "run_report",
+    "workbench.report": "publish run_report run_reports",
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names.split()}
 __all__ = sorted(_WHERE)

@@ -151,16 +151,26 @@ def gradients_seen(
     that layer's output; with frozen parameters no weight gradient is ever formed.
     """
 
-    def hook_of(layer: Layer):
-        def hook(module, inputs, output):
-            if not torch.is_grad_enabled():
-                return
-            if not output.requires_grad:
-                output.requires_grad_(True)
-            given = inputs[0].detach()
-            output.register_hook(lambda gradient: see(layer, given, gradient))
+    def at_forward(layer: Layer, given: torch.Tensor, output: torch.Tensor) -> None:
+        if not torch.is_grad_enabled():
+            return
+        if not output.requires_grad:
+            output.requires_grad_(True)
+        given = given.detach()
+        output.register_hook(lambda gradient: see(layer, given, gradient))
 
-        return hook
+    with forward_seen(layers, at_forward):
+        yield
+
+
+@contextlib.contextmanager
+def forward_seen(
+    layers: Sequence[Layer], see: Callable[[Layer, torch.Tensor, torch.Tensor], None]
+) -> Iterator[None]:
+    """Call ``see(layer, input, output)`` whenever a layer has run."""
+
+    def hook_of(layer: Layer):
+        return lambda module, inputs, output: see(layer, inputs[0], output)
 
     handles = [layer.module.register_forward_hook(hook_of(layer)) for layer in layers]
     try:
@@ -273,7 +283,7 @@ def collect_factors(
         sums = FactorSums(leader, DTYPES[dtype])
         with gradients_seen(layers, sums.see):
             for batch, index in enumerate(buckets(lengths, _tokens_per_batch(model))):
-                ids, targets, mask = _padded(model, [tokens[i] for i in index])
+                ids, targets, mask = padded(model, [tokens[i] for i in index])
                 sums.begin(mask)
                 summed_loss(model, ids, targets, mask, labels, seed).backward()
                 sums.refuse_undefined(batch)
@@ -341,7 +351,7 @@ def _frozen(module: torch.nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _padded(model: LanguageModel, tokens: Sequence[Int[np.ndarray, " pos"]]):
+def padded(model: LanguageModel, tokens: Sequence[Int[np.ndarray, " pos"]]):
     """Ids ``[item, pos]``, the tokens they predict, and the loss mask.
 
     Position ``p`` of the ids predicts ``targets[p]``. The last token of a text predicts nothing;
@@ -425,7 +435,7 @@ def check_gradients(
     """
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     weights = [layer.module.weight for layer in layers]
-    ids, targets, mask = _padded(model, tokens)
+    ids, targets, mask = padded(model, tokens)
     try:
         for weight in weights:
             weight.requires_grad_(True)
@@ -585,7 +595,7 @@ def staircase(
     upward, sums = -input_values, np.concatenate([[0.0], np.cumsum(input_values)])
 
     def count(threshold: float) -> Int[np.ndarray, " out"]:
-        with np.errstate(divide="ignore", over="ignore"):
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
             return np.searchsorted(upward, -(threshold / output_values), side="right")
 
     # float64 bit patterns of positive numbers are ordered as the numbers are

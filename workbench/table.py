@@ -142,6 +142,15 @@ METRICS: dict[str, Metric] = {
     "placebo": Metric("placebo effect", "nats per token", None, None, 0.0, "", LESCI),
     "wald": Metric("pre-trend Wald statistic", "chi-square", 0.0, None, None, "low", LESCI),
     "p_value": Metric("p-value", "", 0.0, 1.0, None, "", OURS),
+    "p_value_max_t": Metric(
+        "p-value of the largest placebo effect",
+        "",
+        0.0,
+        1.0,
+        None,
+        "",
+        "Callaway & Sant'Anna (2021), Difference-in-differences with multiple time periods",
+    ),
     "detectable": Metric(
         "smallest effect detectable at 80 % power", "nats per token", 0.0, None, None, "low", OURS
     ),
@@ -170,6 +179,9 @@ METRICS: dict[str, Metric] = {
     # recognition, recall
     "recognition": Metric(
         "two-alternative recognition", "share of pairs", 0.0, 1.0, None, "high", ORHAN
+    ),
+    "recognition_auc": Metric(
+        "recognition AUC, unpaired", "", 0.0, 1.0, None, "high", ORHAN
     ),
     "d_prime": Metric("d'", "standard deviations", None, None, None, "high", ORHAN),
     "recall_exact": Metric("recall: exact suffix", "share of items", 0.0, 1.0, 0.0, "high", ORHAN),
@@ -358,7 +370,7 @@ def save(table: pd.DataFrame, path: str | Path, *, passport: Mapping | None = No
         {**(data.schema.metadata or {}), PASSPORT_KEY: note.encode()}
     )
     with whole_file(path) as temporary:
-        pq.write_table(data, temporary, compression="zstd")
+        pq.write_table(data, temporary, compression="zstd", write_page_checksum=True)
     return path
 
 
@@ -375,9 +387,9 @@ def load(path: str | Path) -> pd.DataFrame:
     if not path.is_file():
         raise InputError(f"load: no table at {path}")
     try:
-        data = pq.read_table(path)
-    except pa.ArrowInvalid as error:
-        raise InputError(f"load: {path} is not a Parquet file ({error})") from None
+        data = pq.read_table(path, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"load: {path} is not a whole Parquet file ({error})") from None
     note = (data.schema.metadata or {}).get(PASSPORT_KEY)
     if note is None:
         raise InputError(f"load: {path} carries no passport, so it was not written by save()")

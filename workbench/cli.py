@@ -1,0 +1,230 @@
+"""The commands. Everything heavy is imported inside them, so that ``--help`` is quick.
+
+Whatever goes wrong is one line on stderr and exit status 2; a report whose cell failed is written
+all the same and gives status 1; Ctrl-C gives 130 and leaves nothing half-written.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="What a language model memorizes, when, for how long, and where.",
+)
+REFUSED, FAILED, INTERRUPTED = 2, 1, 130
+LINE = 100  # characters, of what list prints
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from workbench import __version__
+
+        typer.echo(f"workbench {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """What a language model memorizes, when, for how long, and where."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def report(
+    notebooks: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NOTEBOOK]...",
+            help="Names (see `workbench list`) or paths to .ipynb files; none: the four pillars.",
+            show_default=False,
+        ),
+    ] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-p",
+            "--parameter",
+            metavar="NAME=VALUE",
+            help="Set a parameter; may be repeated. It goes to the notebooks that have it.",
+            show_default=False,
+        ),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Run every notebook.")] = False,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Where the reports go.")
+    ] = Path("reports"),
+    jobs: Annotated[int, typer.Option("--jobs", help="How many to run at once.")] = 1,
+) -> None:
+    """Run notebooks and write their reports."""
+    from workbench import page
+    from workbench.parameters import find_notebooks, read_pairs
+    from workbench.report import run_reports
+    from workbench.table import InputError
+
+    if every and notebooks:
+        raise InputError("report: got notebooks and --all; give one or the other")
+    given = read_pairs(parameter or [])
+    found = find_notebooks(notebooks or (), every=every)
+    reports = run_reports(found, given, out=out, jobs=jobs)
+    written = [r for r in reports if r.status != "refused"]
+    width = max((len(r.name) for r in written), default=0)
+    for r in written:
+        typer.echo(
+            f"{r.name:<{width}}  {r.status:<6}  {page.seconds(r.seconds):>10}  "
+            f"{_shortened(r.folder / 'report.html')}"
+        )
+    if written:
+        typer.echo(f"index: {_shortened(out / 'index.html')}")
+    for line in dict.fromkeys(r.error for r in reports if r.status == "refused"):
+        typer.echo(line, err=True)
+    statuses = {r.status for r in reports}
+    raise typer.Exit(REFUSED if "refused" in statuses else FAILED if "failed" in statuses else 0)
+
+
+def _shortened(path: Path) -> str:
+    path = path.absolute()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+@app.command("list")
+def list_notebooks() -> None:
+    """Show the notebooks and their parameters."""
+    from workbench.parameters import RESULTS, find_notebooks
+
+    for notebook in find_notebooks(every=True):
+        typer.echo(typer.style(notebook.name, bold=True) + f"  {notebook.title}")
+        if notebook.description:
+            typer.echo(_wrapped(notebook.description, "  "))
+        shown = [p for p in notebook.parameters if p.name != RESULTS]
+        lines = [(f"{p.name}: {p.shown} = {p.default!r}", p.help) for p in shown]
+        width = min(max((len(left) for left, _ in lines), default=0), 44)
+        for left, about in lines:
+            typer.echo(_wrapped(f"{left:<{width}}  {about}".rstrip(), "    ", " " * (width + 6)))
+        typer.echo()
+
+
+def _wrapped(text: str, indent: str, later: str = "") -> str:
+    import textwrap
+
+    return textwrap.fill(
+        text,
+        LINE,
+        initial_indent=indent,
+        subsequent_indent=later or indent,
+        break_on_hyphens=False,
+        break_long_words=False,
+        drop_whitespace=True,
+        replace_whitespace=False,
+    )
+
+
+@app.command()
+def suite(
+    size: Annotated[
+        str, typer.Option(metavar="default|gpu", help="Which specification to train.")
+    ] = "default",
+    corpus: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Train on this text.", show_default=False),
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="Only describe; refuse if it is not trained yet.")
+    ] = False,
+) -> None:
+    """Train the embedded suite, if it is not cached, and describe it."""
+    from workbench.suite import describe_suite, ensure_suite
+
+    chosen = str(corpus) if corpus else None
+    if show:
+        _refuse_untrained(chosen, size)
+    typer.echo(describe_suite(ensure_suite(corpus=chosen, size=size, progress=True)))
+
+
+def _refuse_untrained(corpus: str | None, size: str) -> None:
+    from workbench.suite import specification
+    from workbench.table import InputError, cache_folder
+
+    folder = cache_folder() / "suites" / specification(corpus, size).hash
+    if not folder.is_dir():
+        raise InputError(
+            f"suite: not trained yet, there is no {folder}; train it by `workbench suite` "
+            "without --show"
+        )
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def lab(context: typer.Context) -> None:
+    """Open JupyterLab on the notebooks; further arguments go to `jupyter lab`."""
+    from workbench.parameters import FOLDER
+    from workbench.table import InputError
+
+    if not FOLDER.is_dir():
+        raise InputError(
+            f"lab: there is no {FOLDER}; install the workbench from its repository (pip install -e)"
+        )
+    command = [sys.executable, "-m", "jupyterlab", str(FOLDER), *context.args]
+    if os.name == "posix":
+        os.execv(command[0], command)  # so that Ctrl-C is JupyterLab's own affair
+    raise typer.Exit(subprocess.call(command))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command and exit; the entry point of ``workbench``."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # --debug may stand anywhere, but what follows lab is JupyterLab's
+    mine = words[: words.index("lab")] if "lab" in words else words
+    debug = "--debug" in mine
+    words = [word for word in mine if word != "--debug"] + words[len(mine) :]
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        status = app(words, prog_name="workbench", standalone_mode=False)
+        if status == INTERRUPTED:  # some versions of typer turn Ctrl-C into a status themselves
+            raise KeyboardInterrupt
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("workbench: interrupted; nothing half-written was left", err=True)
+        status = INTERRUPTED
+    except BrokenPipeError:
+        # `workbench list | head` is no error; the descriptor is replaced, or exit would complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except Exception as error:
+        if debug:
+            raise
+        typer.echo(_line(error), err=True)
+        status = REFUSED
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _terminate(number, frame) -> None:
+    raise SystemExit(128 + number)
+
+
+def _line(error: Exception) -> str:
+    """What the user reads: the message of an input error, and of others what kind they are."""
+    if hasattr(error, "format_message"):  # a usage error of the command line's parser
+        return f"workbench: {' '.join(error.format_message().split())} (see workbench --help)"
+    message = " ".join(str(error).split())
+    if type(error).__name__ == "InputError":
+        return message
+    return f"workbench: {type(error).__name__}: {message} (--debug shows where)"

@@ -1,0 +1,117 @@
+"""What a report is about: a model or its checkpoints, the texts put to it, and what is known.
+
+The notebooks take ``model`` and ``items``; this turns the two words into the same few objects,
+whether they name the embedded suite or the user's own folder and file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from workbench.items import load_items
+from workbench.models import Checkpoints, load_checkpoints
+from workbench.suite import Suite, load_suite
+from workbench.table import InputError
+
+NO_EXPOSURES = pd.DataFrame({"update": np.array([], dtype=int), "item": np.array([], dtype=str)})
+
+
+@dataclass
+class Subject:
+    """One run under study.
+
+    Attributes:
+        source: Its checkpoints; one for a single model.
+        items: Items frame, with ``cohort`` where it is known when each was first trained on.
+        exposures: Ledger of exposures, empty where unknown.
+        suite: The suite it comes from, None for the user's own.
+        run: Which of the suite's runs.
+    """
+
+    source: Checkpoints
+    items: pd.DataFrame
+    exposures: pd.DataFrame
+    suite: Suite | None = None
+    run: str = ""
+
+    @property
+    def causal(self) -> bool:
+        """Whether there are checkpoints, cohorts and never-trained texts: what a profile needs."""
+        if len(self.source) < 2 or "cohort" not in self.items.columns:
+            return False
+        never = self.items["cohort"].isna()
+        return bool(never.any() and not never.all())
+
+    @property
+    def controlled(self) -> bool:
+        """Whether there are texts known to be trained on, and texts known not to be."""
+        groups = set(self.items["group"])
+        return len(groups) > 1 and bool(groups & {"never", "unseen"})
+
+    def says(self) -> str:
+        """What the data at hand can answer, and what it cannot and why."""
+        steps = self.source.steps
+        found = f"{len(self.items)} texts in groups " + ", ".join(
+            f"{name} ({count})" for name, count in self.items["group"].value_counts().items()
+        )
+        lines = [f"Run {self.source.run}: {len(steps)} checkpoint(s), {found}."]
+        if len(steps) < 2:
+            lines.append(
+                "One checkpoint: no causal profile and no forgetting curve, which compare a text "
+                "before and after training on it. Give a folder of step*/ or checkpoint-*/ folders."
+            )
+        elif not self.causal:
+            lines.append(
+                "No causal profile: it needs a column `cohort` in the items (the update that first "
+                "held each text, empty for texts never trained on), with both kinds of text."
+            )
+        if not self.controlled:
+            lines.append(
+                "No held-out texts: what is high may be memory or merely easy text. Add texts with "
+                "`group` unseen, drawn like the others, and membership can be told."
+            )
+        return "\n".join(lines)
+
+
+def load_subject(
+    model: str = "suite", items: str = "", *, corpus: str = "", run: str = "base"
+) -> Subject:
+    """Resolve a notebook's ``model``, ``items`` and ``corpus``.
+
+    Args:
+        model: "suite", or anything that ``load_checkpoints`` reads.
+        items: A file that ``load_items`` reads, or empty for the suite's planted items.
+        corpus: With the suite: a text file to train it on; empty takes the World English Bible.
+        run: Which of the suite's runs.
+
+    Raises:
+        InputError: A model of the user's without items, or what the loaders refuse.
+    """
+    if model == "suite":
+        suite = load_suite(corpus or None)
+        if items:
+            return Subject(suite.checkpoints(run), load_items(items), NO_EXPOSURES, suite, run)
+        return Subject(suite.checkpoints(run), suite.items(run), suite.exposures(run), suite, run)
+    if not items:
+        raise InputError(
+            "load_subject: your own model needs your own texts: add -p items=FILE, a CSV, JSONL, "
+            "Parquet or text file with a column `text` and, for controls, `group` (seen, unseen)"
+        )
+    frame = load_items(items)
+    source = load_checkpoints(
+        Path(model).expanduser() if Path(model).expanduser().exists() else model
+    )
+    exposures = NO_EXPOSURES
+    if "cohort" in frame.columns:
+        frame["cohort"] = pd.to_numeric(frame["cohort"], errors="coerce")
+        met = frame[frame["cohort"].notna()]
+        exposures = pd.DataFrame({"update": met["cohort"].astype(int), "item": met["item"]})
+    for name, value in (("kind", "text"), ("dose", None)):
+        if name not in frame.columns:
+            known = frame["cohort"].notna().astype(int) if "cohort" in frame.columns else 0
+            frame[name] = known if value is None else value
+    return Subject(source, frame, exposures)
