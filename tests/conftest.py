@@ -155,14 +155,14 @@ TINY = Specification(
     rows=8,
     updates=16,
     warmup=2,
-    length=8,
+    length=16,
     waves=(8, 13),
     span=4,
     doses=((1, 2, (0, 1)), (4, 1, (1,))),
     never=3,
     drip=1,
-    drip_dose=10,
-    drip_first=4,
+    drip_dose=9,
+    drip_first=6,
     held_out=20,
 )
 

@@ -332,17 +332,23 @@ def test_lists_that_are_refused(experiment):
         ask(bad)
 
 
-def test_the_learning_rate_that_leaves_the_lowest_loss(experiment):
+def test_the_learning_rate_that_teaches_most_within_the_limit(experiment):
     parts = (experiment.model, experiment.items, experiment.foils)
-    tried = choose_learning_rate(*parts, exposures=3, rates=(1e30, 1e-2, 1e-5))
-    assert tried["learning_rate"].tolist() == [1e-5, 1e-2, 1e30]
-    assert tried["best"].tolist() == [False, True, False]
-    assert (
-        np.isnan(tried["studied_loss"][2]) and tried["studied_loss"][1] < tried["studied_loss"][0]
+    tried = choose_learning_rate(*parts, exposures=3, rates=(1e30, 0.1, 1e-2, 1e-5), drift=0.5)
+    assert tried["learning_rate"].tolist() == [1e-5, 1e-2, 0.1, 1e30]
+    assert tried["best"].tolist() == [False, True, False, False]
+    loss, drift = tried["studied_loss"], tried["control_drift"]
+    assert loss[2] < loss[1] < loss[0] and drift[2] > 0.5 > drift[1] and np.isnan(loss[3])
+    # the drift is that of the control items' own loss
+    table = ask(experiment, learning_rate=1e-2, lags=(0,), batch=64, seed=0).table
+    own = table.query("metric == 'loss' and foil == 'itself' and group == 'control'")
+    mean = own.groupby("phase", observed=True)["value"].mean()
+    assert drift[1] == pytest.approx(mean["after"] - mean["before"])
+    message = (
+        "choose_learning_rate: every rate from 1e+30 up breaks the training or costs the controls "
+        "more than 1 nats per token; give smaller rates"
     )
-    with refuses(
-        "choose_learning_rate: training broke at every rate from 1e+30 up; give smaller rates"
-    ):
+    with refuses(message):
         choose_learning_rate(*parts, exposures=3, rates=(1e30,))
 
 

@@ -13,7 +13,7 @@ _HOME = {
     "workbench.models": "LanguageModel load_checkpoints load_model",
     "workbench.items": "load_items make_biographies make_canaries make_controls",
     "workbench.foils": "make_foils make_study_lists",
-    "workbench.retention": "choose_learning_rate study_and_retain",
+    "workbench.retention": "choose_learning_rate interference_texts study_and_retain",
     "workbench.suite": "load_suite",
     "workbench.probes.likelihood": "probe_likelihood",
     "workbench.probes.extraction": "probe_extraction",

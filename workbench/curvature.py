@@ -616,9 +616,7 @@ def stairs_mask(steps: Int[np.ndarray, " out"], width: int) -> Bool[np.ndarray, 
     return np.arange(width)[None, :] < steps[:, None]
 
 
-def largest(
-    scores: Float[np.ndarray, "out in"], rho: float
-) -> Bool[np.ndarray, "out in"]:
+def largest(scores: Float[np.ndarray, "out in"], rho: float) -> Bool[np.ndarray, "out in"]:
     """The smallest set of largest scores that holds the share ``rho`` of their sum; ties together.
 
     Raises:

@@ -95,7 +95,8 @@ def load_items(
             f"load_items: {path} has no column {text!r}; it has "
             f"{', '.join(map(str, frame.columns))}; rename one of them"
         )
-    frame = frame.rename(columns={text: "text"})
+    if text != "text":
+        frame = frame.drop(columns="text", errors="ignore").rename(columns={text: "text"})
     blank = frame["text"].isna() | (frame["text"].astype(str).str.strip() == "")
     if blank.any():
         raise InputError(
@@ -105,8 +106,8 @@ def load_items(
     frame["text"] = frame["text"].astype(str)
     names = [name for name in ("item", "id") if name in frame.columns]
     numbered = [f"{path.stem}-{i:05d}" for i in range(1, len(frame) + 1)]
-    frame["item"] = frame[names[0]].astype(str) if names else numbered
     frame["group"] = _groups(frame, group, path)
+    frame["item"] = frame[names[0]].astype(str) if names else numbered
     first = ["item", "text", "group"]
     return check_items(frame[first + [c for c in frame.columns if c not in [*first, "id"]]])
 
@@ -115,10 +116,12 @@ def _read(path: Path, text: str) -> pd.DataFrame:
     suffix = path.suffix.lower()
     try:
         if suffix == ".csv":
-            return pd.read_csv(path)
+            # only nothing is missing: "NA" and "null" are texts
+            return pd.read_csv(path, keep_default_na=False, na_values=[""])
         if suffix in (".parquet", ".pq"):
             return pd.read_parquet(path)
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # not splitlines(): a text may hold U+2028 or U+0085, which end no line of a file
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
         if suffix in (".jsonl", ".ndjson", ".json"):
             return pd.DataFrame(_json_lines(lines, path))
         if suffix in (".txt", ".text", ""):
@@ -217,8 +220,8 @@ def famous_passages(*, seed: int = 0) -> pd.DataFrame:
 
     Returns:
         Columns ``item, text, group`` (``seen`` or ``unseen``) and ``source`` (author, work and
-        year; of a control, the passage that it is as long as, in words and marks: to within a
-        tenth that is as long in tokens, whoever the tokens are).
+        year; of a control, the passage that it is as long as, in words and marks, which without
+        any tokenizer makes it as long in tokens too, on average).
 
     Raises:
         InputError: ``famous_passages.jsonl`` is not beside the package, or is damaged.

@@ -6,6 +6,8 @@ also differ in marker. Figures are complete ``go.Figure`` objects; nothing is sh
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -338,6 +340,7 @@ def plot_spectrum(table: pd.DataFrame, *, rho: float | None = None, title: str =
     if rho is not None:
         cut = {"dash": "dash", "color": GREY}
         figure.add_hline(y=rho, line=cut, annotation_text=f"cut at {rho:g}")
+        figure.update_annotations(x=0, xanchor="left")
     return figure.update_xaxes(type="log", tickformat=".3~%").update_yaxes(tickformat=".0%")
 
 
@@ -373,7 +376,7 @@ def plot_edit_sweep(
             go.Scatter(
                 x=line[x].round(6),
                 y=line["value"].round(6),
-                error_y=_whiskers(line),
+                error_y=_whiskers(line) | {"color": see_through(colour(index), 0.35)},
                 name=method,
                 mode="lines+markers",
                 line={"color": colour(index)},
@@ -384,10 +387,12 @@ def plot_edit_sweep(
             )
         )
     label = "held-out perplexity [per token], log scale" if x == "perplexity" else "share kept"
-    styled(figure, title=title, x=label, y=METRICS[metric].axis)
+    styled(figure, title=title, x=label, y=METRICS[metric].axis, height=HEIGHT + 60)
     if x == "perplexity":
-        figure.add_vline(x=unedited["perplexity"].iloc[0], line={"dash": "dot", "color": GREY})
-        figure.update_xaxes(type="log")
+        own = unedited["perplexity"].iloc[0]
+        figure.add_vline(x=own, line={"dash": "dot", "color": GREY})
+        # beyond one and a half times the model is ruined; a double click shows the rest
+        figure.update_xaxes(type="log", range=[math.log10(0.98 * own), math.log10(1.5 * own)])
     return figure
 
 
@@ -437,7 +442,7 @@ def plot_band_ratio(table: pd.DataFrame, *, title: str = "") -> go.Figure:
             row=1,
             col=panels.index(str(role)) + 1,
         )
-    styled(figure, title=title, x="", y="")
+    styled(figure, title=title, x="", y="", height=HEIGHT + 60)
     figure.add_hline(y=1.0, line={"dash": "dot", "color": GREY})
     figure.update_xaxes(tickvals=list(range(len(order))), ticktext=order, title_text="")
     return figure.update_yaxes(title_text=METRICS["band_ratio"].axis, col=1)

@@ -387,7 +387,7 @@ def _execute(plan: Plan, folder: Path, where: str, kernels: _Kernels, line):
     except OSError:
         raise
     except Exception as error:  # papermill's, nbclient's, zmq's: each is a report that failed
-        if False:
+        if kernels.ended:
             raise  # the cell did not fail, it was ended by Ctrl-C: no report
         failure = _failure(error, folder)
     executed = nbformat.read(saved if saved.exists() else source, as_version=4)

@@ -58,7 +58,7 @@ def retention_curve(table: pd.DataFrame, *, draws: int = 1000, seed: int = 0) ->
     clock = table.groupby("time")["step"].first()[times].to_numpy()
     weights: dict = {}
     parts = []
-    for (metric, foil), part in table.groupby(["metric", "foil"], observed=True):
+    for (metric, foil), part in table.groupby(["metric", "foil"], observed=True, sort=False):
         panels = {g: _panel(part, g, times) for g in (STUDIED, CONTROL)}
         boots = {g: _resample(weights, g, p.shape[0], draws, seed) @ p for g, p in panels.items()}
         place = {"foil": str(foil), "of": str(metric)}
