@@ -20,6 +20,8 @@ import torch
 from workbench.models import LanguageModel
 from workbench.suite import Architecture, Specification, Suite, ensure_suite
 
+torch.set_num_threads(1)  # these models are too small to share, and workers run side by side
+
 
 class Numbers:
     """A tokenizer for texts such as ``"3 4 5"``: each number is its own id."""

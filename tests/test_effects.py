@@ -90,12 +90,18 @@ def test_twins_that_share_nothing_are_refused():
 
 
 def test_comparison_with_truth_by_hand():
-    # truth of two items 1 and 3: mean 2, standard error sqrt(2) / sqrt(2) = 1. An estimate of
-    # 4.5 with error 1 is 2.5 off: beyond 1.96 x 1 alone, within 1.96 x sqrt(2) = 2.77 with both.
-    truth = rows("memorization", [1.0, 3.0], run="r", item=["a", "b"], beside={"lag": 0})
-    estimate = rows("memorization", [4.5, 5.0], run="r", beside={"lag": 0, "se": 1.0})
-    got = compare_with_truth(estimate, truth, on=["lag"])
-    assert got["truth"].tolist() == [2.0, 2.0] and got["se_truth"].tolist() == [1.0, 1.0]
+    # truth of three items 1, 2, 3: mean 2, standard error 1 / sqrt(3) = .577; t with 2 degrees
+    # of freedom is 4.303. An estimate with error 1 may be off by 4.303 alone and by
+    # 4.303 x sqrt(1 + 1/3) = 4.968 with both errors: 6.5 is 4.5 off, 7.5 is 5.5 off.
+    where = {"lag": [0, 1]}
+    truth = [
+        rows("memorization", [1.0, 2.0, 3.0], run="r", item=["a", "b", "c"], beside={"lag": lag})
+        for lag in (0, 1)
+    ]
+    estimate = rows("memorization", [6.5, 7.5], run="r", beside=where | {"se": 1.0})
+    got = compare_with_truth(estimate, pd.concat(truth), on=["lag"])
+    assert got["truth"].tolist() == [2.0, 2.0]
+    assert got["se_truth"].tolist() == pytest.approx([3**-0.5, 3**-0.5])
     assert got["inside"].tolist() == [True, False]
     assert got["inside_alone"].tolist() == [False, False]
 

@@ -113,11 +113,11 @@ PREFIX, SUFFIX = 6, 6
 
 @pytest.fixture(scope="module")
 def half_learned():
-    """500 random texts of 12 numbers, and a model trained on the first 250 until it recites some."""
+    """500 random texts of 12 numbers, and a model trained on the first 120 until it recites some."""
     texts = np.random.default_rng(0).integers(1, 100, size=(500, PREFIX + SUFFIX))
     trainer = Trainer(neox(0, width=64, layers=1, vocabulary=100), 1e-2, warmup=5)
-    for _ in range(60):
-        trainer.step(texts[:250])
+    for _ in range(27):
+        trainer.step(texts[:120])
     model = LanguageModel(trainer.module.eval(), Numbers(), run="half")
     return model, texts, frame([" ".join(map(str, text)) for text in texts])
 

@@ -238,6 +238,12 @@ def test_reasons_for_half_lives():
     row = of(got, "half_life", "exponential").iloc[0]
     assert np.isnan(row["value"])
     assert row["reason"] == "the fitted curve starts at 0 or below"
+    got = fit_forgetting(pooled(np.exp(-t / 50), t), laws=["exponential", "semilog"])
+    row = of(got, "half_life", "exponential").iloc[0]
+    np.testing.assert_allclose(row["value"], 50 * np.log(2), rtol=1e-6)
+    assert row["reason"] == "half of r(0), which lies before the first point: extrapolated"
+    assert of(got, "half_life", "semilog")["reason"].item() == ""
+    t = np.concatenate([[0], TIMES])
     got = fit_forgetting(pooled(np.exp(-t / 500), t), laws=["exponential"])
     row = of(got, "half_life", "exponential").iloc[0]
     np.testing.assert_allclose(row["value"], 500 * np.log(2), rtol=1e-6)

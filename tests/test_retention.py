@@ -266,6 +266,29 @@ def test_only_what_was_studied_is_learned(experiment, studied):
     assert copies.unique().map(list).to_dict() == {"studied": [3], "control": [0]}
 
 
+def test_a_model_with_a_beginning_of_text_studies_with_it(experiment, monkeypatch):
+    batches = []
+    step = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, *a: [batches.append(a), step(self, *a)][1])
+    with_bos = SimpleNamespace(**vars(experiment))
+    with_bos.model = LanguageModel(neox(vocabulary=64), Numbers(), run="tiny", bos=63)
+    ask(with_bos, lags=(0,))
+    for batch, weight in batches:
+        assert (batch[:, 0] == 63).all() and (weight[:, 0] == 1).all()
+
+
+def test_probes_meet_the_model_without_dropout(experiment, monkeypatch):
+    met = []
+
+    def spy(model, items, foils):
+        met.append((model.step, model.module.training))
+        return probe_recognition(model, items, foils)
+
+    monkeypatch.setattr(retention, "probe_recognition", spy)
+    ask(experiment)
+    assert met == [(100, False), (106, False), (107, False), (109, False)]
+
+
 def test_padding_weighs_nothing(experiment, studied, monkeypatch):
     monkeypatch.setattr(retention, "PADDING", 17)
     pd.testing.assert_frame_equal(ask(experiment).table, studied.table)

@@ -551,7 +551,7 @@ def spectrum(
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
     values, vectors = values.flip(0).cpu().numpy(), vectors.flip(1).contiguous()
     total = np.abs(values).sum()
-    clamped = float(-values[values < 0].sum() / total) if total > 0 else 0.0
+    clamped = float(np.maximum(-values, 0.0).sum() / total) if total > 0 else 0.0
     return np.maximum(values, 0.0), vectors, clamped
 
 

@@ -6,11 +6,12 @@ The caller's model is never touched: a copy is trained, and handed to the probes
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -70,8 +71,8 @@ def study_and_retain(
 ) -> Retention:
     """Pass a list ``exposures`` times, then train on with new text, and probe at each lag.
 
-    One optimiser (AdamW, fresh) serves both phases. An exposure is one pass over the studied
-    items in random order, ``batch`` texts an update, padded, padding out of the loss.
+    One fresh AdamW serves both phases. An exposure is one pass over the studied items in random
+    order, ``batch`` texts an update, padding out of the loss.
 
     Args:
         model: Any causal model; a float32 copy of it is trained.
@@ -80,63 +81,69 @@ def study_and_retain(
         interference: New texts. Those that hold an item or a foil are left out with a warning.
         exposures: Times each studied item is trained on.
         learning_rate: Constant. Choose it on other lists: :func:`choose_learning_rate`.
-        lags: Updates since the study ended, increasing, 0 right after it. An item's own last
-            exposure is earlier than that by up to the updates of a pass less one; with ``batch`` at
-            or above the length of the list there is none such.
+        lags: Updates since the study ended, increasing, 0 right after it; where a pass takes several
+            updates an item's own last exposure is a little earlier (the ledger says when).
         seed: Of the order of items, the interference and dropout.
         recall: Ask for recall too, which costs as much again.
         progress: Called with (update, loss) after each update.
 
     Returns:
-        Its table holds the rows of :func:`probe_recognition` and :func:`probe_recall`, before
-        study (``phase`` "before", ``lag`` missing) and at each lag (``phase`` "after"); ``copies``
-        is how often the item had been trained on.
+        Its table holds the rows of the two probes before study (``phase`` "before", ``lag``
+        missing) and at each lag ("after"); ``copies`` is how often an item had been trained on.
 
     Raises:
-        InputError: Exposures, batch or lags out of range, no studied items or no controls, too
-            little interference text, texts too long or short, or a loss that is not finite (the
-            update is named).
+        InputError: Settings out of range, a group without items, too little interference, texts
+            too long or short, or a loss that is not finite (the update is named).
     """
     items = check_items(items)
     _refuse(items, exposures=exposures, batch=batch, lags=lags, learning_rate=learning_rate)
     new = _interference(model, items, foils, interference, seed=seed) if max(lags) else None
-    module = copy.deepcopy(model.module).float()
-    student = replace(model, module=module, _own_head={})
-    tables = [_probe(student, items, foils, model.step, None, 0, recall)]
-    losses: list[tuple[int, str, float]] = []
-
-    def note(update: int, loss: float, phase: str = "retention") -> None:
-        losses.append((update, phase, loss))
-        if progress:
-            progress(update, loss)
-
-    with torch.random.fork_rng():
+    student = replace(model, module=copy.deepcopy(model.module).float(), _own_head={})
+    ask = partial(_probe, student, items, foils, exposures=exposures, recall=recall)
+    losses: list[tuple[int, str, float]] = []  # update, phase, loss
+    note = _noting(losses, progress)
+    tables = [ask(None, 0)]
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        trainer = Trainer(module, learning_rate)
-        try:
+        trainer = Trainer(student.module, learning_rate)
+        with _named_update(learning_rate, exposures * _updates_of_a_pass(items, batch)):
             ledger = _study(trainer, student, items, exposures, batch, seed, note)
-            end = trainer.update
-            train(
-                trainer,
-                lambda update: new.batch(update - end),
-                until=end + max(lags),
-                stops={end + lag for lag in lags},
-                at_stop=lambda step: tables.append(
-                    _probe(student, items, foils, model.step + step, step - end, exposures, recall)
-                ),
-                progress=note,
-            )
-        except FloatingPointError as error:
-            reason = re.sub("^train: ", "", str(error))
-            raise InputError(
-                f"study_and_retain: {reason} (it is {learning_rate:g}, the study ends with update "
-                f"{exposures * -(-(items['group'] == STUDIED).sum() // batch)})"
-            ) from None
+            tables += _retain(trainer, new, lags, ask, note)
     table = validate(pd.concat(tables, ignore_index=True))
     settings = {"exposures": exposures, "learning_rate": learning_rate, "batch": batch}
-    settings |= {"lags": list(lags), "seed": seed, "items": items_hash(items)}
-    table.attrs = {"passport": {**model.passport(), **settings}}
+    table.attrs["passport"] = {
+        **model.passport(), **settings, "lags": list(lags), "seed": seed, "items": items_hash(items)
+    }  # fmt: skip
     return Retention(table, ledger, pd.DataFrame(losses, columns=["update", "phase", "loss"]))
+
+
+def _updates_of_a_pass(items: pd.DataFrame, batch: int) -> int:
+    return -(-int((items["group"] == STUDIED).sum()) // batch)
+
+
+@contextlib.contextmanager
+def _named_update(learning_rate: float, study: int):
+    try:
+        yield
+    except FloatingPointError as error:
+        raise InputError(
+            f"study_and_retain: {str(error).removeprefix('train: ')} (it is {learning_rate:g}, "
+            f"the study ends with update {study})"
+        ) from None
+
+
+def _retain(trainer: Trainer, new: TextStream | None, lags, ask, note) -> list[pd.DataFrame]:
+    """Train on with new text from where the study ended, and ask at each lag."""
+    end, tables = trainer.update, []
+    train(
+        trainer,
+        lambda update: new.batch(update - end),
+        until=end + max(lags),
+        stops={end + lag for lag in lags},
+        at_stop=lambda update: tables.append(ask(update - end, update)),
+        progress=note,
+    )
+    return tables
 
 
 def _study(
@@ -179,8 +186,9 @@ def pad_texts(
     return np.full(weight.shape, PADDING, dtype=np.int64), weight
 
 
-def _probe(model, items, foils, step, lag, copies, recall) -> pd.DataFrame:
-    model = replace(model, step=step)
+def _probe(student, items, foils, lag, updates, *, exposures, recall) -> pd.DataFrame:
+    """What the student says ``updates`` updates after it was copied; ``lag`` None is before study."""
+    model = replace(student, step=student.step + updates)
     parts = [probe_recognition(model, items, foils)]
     if recall:
         parts.append(probe_recall(model, items).assign(foil=ITSELF))
@@ -188,8 +196,17 @@ def _probe(model, items, foils, step, lag, copies, recall) -> pd.DataFrame:
     return table.assign(
         phase="before" if lag is None else "after",
         lag=np.nan if lag is None else float(lag),
-        copies=np.where(table["group"] == STUDIED, copies, 0),
+        copies=np.where((table["group"] == STUDIED) & (lag is not None), exposures, 0),
     )
+
+
+def _noting(losses: list, progress: Callable[[int, float], None] | None):
+    def note(update: int, loss: float, phase: str = "retention") -> None:
+        losses.append((update, phase, loss))
+        if progress:
+            progress(update, loss)
+
+    return note
 
 
 def choose_learning_rate(

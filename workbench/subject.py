@@ -112,6 +112,6 @@ def load_subject(
         exposures = pd.DataFrame({"update": met["cohort"].astype(int), "item": met["item"]})
     for name, value in (("kind", "text"), ("dose", None)):
         if name not in frame.columns:
-            known = frame["cohort"].notna().astype(int) if "cohort" in frame.columns else 0
-            frame[name] = known if value is None else value
+            met = frame["cohort"].notna() if "cohort" in frame.columns else frame["group"] == "seen"
+            frame[name] = met.astype(int) if value is None else value
     return Subject(source, frame, exposures)

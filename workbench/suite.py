@@ -156,6 +156,8 @@ def passages(corpus: str | None = None) -> list[str]:
                 piece = ""
         if piece:
             found.append(piece)
+    if not found:
+        raise InputError(f"load_suite: {corpus} holds no text")
     return found
 
 
@@ -420,6 +422,8 @@ def _draw_items(texts: list[str], tokenizer, spec: Specification):
 
 def _usable(texts: list[str], encoded: list, tokenizer, spec: Specification) -> list[int]:
     """Texts long enough, whose first tokens survive decoding, and that share no run of words."""
+    if sum(map(len, encoded)) < SHINGLE:
+        return []
     flat = np.concatenate([np.asarray(e, dtype=np.uint64) for e in encoded])
     starts = np.cumsum([0] + [len(e) for e in encoded])
     with np.errstate(over="ignore"):  # a polynomial hash, modulo 2**64 on purpose

@@ -96,17 +96,25 @@ def sweep(
 def _ask(model: LanguageModel, tokens: Sequence, question: Question) -> dict[str, np.ndarray]:
     values: dict[str, np.ndarray] = {}
     for index, scores in model.score_batches(tokens, start=question.start, keep=question.keep):
+        _refuse_not_finite(model, scores, index, question)
         reduced = question.reduce(scores, [tokens[i] for i in index], index)
         for metric, part in reduced.items():
             values.setdefault(metric, np.full(len(tokens), np.nan))[index] = part
-    bad = [m for m, v in values.items() if not np.isfinite(v).all()]
-    if bad:
-        first = int(np.flatnonzero(~np.isfinite(values[bad[0]]))[0])
-        raise InputError(
-            f"{question.asker}: {bad[0]} is {values[bad[0]][first]} for item number {first} at "
-            f"step {model.step} of {model.run}; the model's weights or its dtype give NaN or Inf"
-        )
     return values
+
+
+def _refuse_not_finite(model, scores: Scores, index: np.ndarray, question: Question) -> None:
+    """Before anything is reduced: a sum that skips the padding's NaN would skip a model's too."""
+    for name in set(question.keep) & {"log_probability", "mu", "sigma"}:
+        score = getattr(scores, name)
+        valid = np.arange(score.shape[1])[None, :] < scores.length[:, None]
+        bad = valid & ~np.isfinite(score)
+        if bad.any():
+            row, at = np.argwhere(bad)[0]
+            raise InputError(
+                f"{question.asker}: {name} is {score[row, at]} for item number {index[row]} at "
+                f"step {model.step} of {model.run}; the model's weights or its dtype give NaN or Inf"
+            )
 
 
 def _assemble(parts, steps, kept, run, question) -> pd.DataFrame:

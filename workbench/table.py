@@ -81,6 +81,9 @@ METRICS: dict[str, Metric] = {
     "rank": Metric("mean rank of the true token", "rank", 1.0, None, None, "low", OURS),
     "perplexity": Metric("perplexity", "per token", 1.0, None, None, "low", OURS),
     "loss": Metric("mean negative log-probability", "nats per token", 0.0, None, None, "low", OURS),
+    "coverage": Metric(
+        "cells whose band holds the truth", "share of cells", 0.0, 1.0, None, "", OURS
+    ),
     "difference": Metric("difference between paired conditions", "", None, None, 0.0, "", OURS),
     # extraction
     "extractable": Metric(
@@ -389,7 +392,8 @@ def load(path: str | Path) -> pd.DataFrame:
     try:
         data = pq.read_table(path, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"load: {path} is not a whole Parquet file ({error})") from None
+        reason = " ".join(str(error).split())
+        raise InputError(f"load: {path} is not a whole Parquet file ({reason})") from None
     note = (data.schema.metadata or {}).get(PASSPORT_KEY)
     if note is None:
         raise InputError(f"load: {path} carries no passport, so it was not written by save()")

@@ -101,7 +101,8 @@ def compare_with_truth(
     Returns:
         One row a cell: ``on``, ``estimate, truth, se, se_truth, n``, ``inside`` (the difference is
         within its ``level`` interval, both errors added in quadrature) and ``inside_alone`` (the
-        estimate's error alone). Cells with fewer than two items have no error and are left out;
+        estimate's error alone). Intervals use Student's t with n - 1 degrees of freedom, since
+        cells of many exposures hold few items. Cells with fewer than two items have no error and are left out;
         ``.attrs["left_out"]`` counts them.
     """
     on = list(on)
@@ -114,9 +115,9 @@ def compare_with_truth(
     cells = cells.merge(pooled, on=on)
     known = cells["se"].notna() & cells["se_truth"].notna()
     left_out, cells = int((~known).sum()), cells[known].reset_index(drop=True)
-    z = stats.norm.ppf((1 + level) / 2)
+    width = stats.t.ppf((1 + level) / 2, df=cells["n"] - 1)
     gap = (cells["estimate"] - cells["truth"]).abs()
-    cells["inside"] = gap <= z * np.hypot(cells["se"], cells["se_truth"])
-    cells["inside_alone"] = gap <= z * cells["se"]
+    cells["inside"] = gap <= width * np.hypot(cells["se"], cells["se_truth"])
+    cells["inside_alone"] = gap <= width * cells["se"]
     cells.attrs = {"left_out": left_out}
     return cells

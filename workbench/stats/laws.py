@@ -291,7 +291,7 @@ def fit_forgetting(
         Rows with the coordinate ``law``: "aicc" (error variance estimated, so it counts as a
         parameter), "weight" (Akaike, over the laws fitted to all points; 1 / laws at no
         preference), "half_life" in units of x until half of the fitted r(0) is left (of r(1) for
-        semilog and Ebbinghaus; inf where never), "rmse", "rmse_holdout", "param_*"; and with the
+        semilog and Ebbinghaus; inf where never; a reason says where it is extrapolated), "rmse", "rmse_holdout", "param_*"; and with the
         coordinate ``x``: "fitted" with its pointwise band and "residual". NaN comes with a reason.
 
     Raises:
@@ -647,7 +647,7 @@ def _scalar_rows(
     values = {
         "aicc": (fit.aicc, np.nan, np.nan, fit.reason.get("aicc", everywhere)),
         "weight": (weight, np.nan, np.nan, fit.reason.get("aicc", everywhere)),
-        "half_life": (half, low, high, everywhere or _half_reason(half, points)),
+        "half_life": (half, low, high, everywhere or _half_reason(half, law.start, points)),
         "rmse": (fit.rmse, np.nan, np.nan, everywhere),
         "rmse_holdout": (
             fit.rmse_holdout, np.nan, np.nan, fit.reason.get("rmse_holdout", everywhere)
@@ -669,11 +669,13 @@ def _scalar_rows(
     return result.assign(metric=list(values))
 
 
-def _half_reason(half: float, points: Points) -> str:
+def _half_reason(half: float, start: float, points: Points) -> str:
     if np.isnan(half):
         return "the fitted curve starts at 0 or below"
     if np.isinf(half):
         return "never: the fitted curve stays above half of its start"
+    if start < points.t[0]:
+        return f"half of r({start:g}), which lies before the first point: extrapolated"
     return "beyond the last point: extrapolated" if half > points.t[-1] else ""
 
 

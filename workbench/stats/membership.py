@@ -103,7 +103,7 @@ def membership_auc(
         if METRICS[key].better != "high":
             raise InputError(f"membership_auc: {key} is not higher for members; leave it out")
     is_member = _membership(table[member])
-    usable = np.isfinite(table["value"])
+    usable = table["value"].notna()
     dropped, table, is_member = int((~usable).sum()), table[usable], is_member[usable.to_numpy()]
     made = []
     for values, part in table.groupby([*by, "metric"], observed=True, sort=False):

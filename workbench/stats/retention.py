@@ -117,7 +117,8 @@ def _resample(weights: dict, group: str, n: int, draws: int, seed: int) -> np.nd
 
 def _interval(boots: Float[np.ndarray, "draw time"]) -> tuple[np.ndarray, np.ndarray]:
     tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-    lo, hi = np.quantile(boots, tails, axis=0)
+    # resampling weights sum to 1 but for the last bit, which must not leave a metric's range
+    lo, hi = np.quantile(boots, tails, axis=0).round(12)
     return lo, hi
 
 
@@ -135,7 +136,8 @@ def _levels(metric, panels, boots, place) -> list[pd.DataFrame]:
 
 def _contrasts(panels, boots, place) -> list[pd.DataFrame]:
     means = {g: p.mean(axis=0)[None] for g, p in panels.items()}
-    n = sum(len(p) for p in panels.values())
+    n = {g: len(p) for g, p in panels.items()}
+    pooled = {GAIN: n[STUDIED], DRIFT: n[CONTROL]}  # the others pool both lists
     made, nets = [], []
     for which in (means, boots):
         s, c = which[STUDIED], which[CONTROL]
@@ -146,7 +148,11 @@ def _contrasts(panels, boots, place) -> list[pd.DataFrame]:
         value = nets[0][name][0]
         # before study the changes are 0 by definition: nothing was measured, so no row
         first = 0 if name == MINUS_CONTROL else 1
-        made.append(_rows("difference", value, lo, hi, n, name, place).iloc[first:])
+        made.append(
+            _rows("difference", value, lo, hi, pooled.get(name, sum(n.values())), name, place).iloc[
+                first:
+            ]
+        )
     start = nets[0][NET][0, 1]
     lo, hi = _interval(nets[1][NET][:, 1:2])
     told = bool(lo[0] > 0 or hi[0] < 0)
@@ -157,7 +163,7 @@ def _contrasts(panels, boots, place) -> list[pd.DataFrame]:
     else:
         low = high = share
     share, low, high = (np.insert(each, 0, np.nan) for each in (share, low, high))
-    kept = _rows("retention", share, low, high, n, NET, place).iloc[1:]
+    kept = _rows("retention", share, low, high, sum(n.values()), NET, place).iloc[1:]
     return [*made, kept.assign(reason="" if told else "the first gain is not told from 0")]
 
 

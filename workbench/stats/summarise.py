@@ -17,10 +17,6 @@ from workbench.table import METRICS, InputError, coordinates, validate
 
 # the mean of perplexities is no perplexity; e to the mean of the items' losses is
 GEOMETRIC = ("perplexity",)
-POOLED = (
-    "auc tpr_at_fpr memorization placebo wald p_value p_value_max_t detectable aicc weight "
-    "half_life rmse rmse_holdout d_prime"
-).split()
 CHUNK = 4_000_000  # numbers in one temporary array
 
 
@@ -51,16 +47,19 @@ def summarise(
         item is NaN with a reason. Values mean what the item rows mean, chance included.
 
     Raises:
-        InputError: An unknown column, a metric that is already pooled, or a pair not in the table.
+        InputError: An unknown column, rows that are pooled already, or a pair not in the table.
     """
     if not 0 < level < 1:
         raise InputError(f"summarise: level is {level}, it must lie between 0 and 1")
     if draws < 1:
         raise InputError(f"summarise: draws is {draws}, it must be at least 1")
     table = validate(table)
-    pooled = [key for key in table["metric"].unique() if key in POOLED]
-    if pooled:
-        raise InputError(f"summarise: {pooled[0]} is pooled over items already; leave it out")
+    pooled = table[table["item"] == "all"]
+    if len(pooled):
+        raise InputError(
+            f"summarise: {len(pooled)} rows, the first of {pooled['metric'].iloc[0]}, are pooled "
+            "already (item is all); leave them out"
+        )
     keys = _keys(table, by)
     result, used = _means(table, keys, level, draws, seed)
     result.attrs |= {"interval": used, "dropped": int(table["value"].isna().sum())}
@@ -125,7 +124,7 @@ def _means(
     geometric = np.isin(metric, GEOMETRIC)
     value = table["value"].to_numpy()
     value = np.where(geometric, np.log(np.where(geometric, value, 1.0)), value)
-    seen = np.isfinite(value)
+    seen = ~np.isnan(value)
     item = pd.factorize(table["item"].astype(str), sort=True)[0]
     where, total, count = _per_item(group[seen], item[seen], value[seen])
     size = len(result)
@@ -140,8 +139,10 @@ def _means(
     mean, low, high = (np.where(power, np.exp(v), v) for v in (mean, low, high))
     result = result.assign(value=mean, lo=low, hi=high, n=n, item="all")
     result = _unkept(result, table, keys)
-    lonely = (np.bincount(where, minlength=size) == 1) & ~wilson
-    reason = np.where(n == 0, "no item has a value", np.where(lonely, "one item: no interval", ""))
+    reason = np.full(size, "", dtype=object)
+    reason[(np.bincount(where, minlength=size) == 1) & ~wilson] = "one item: no interval"
+    reason[np.isinf(mean)] = "an item's value is infinite, so the mean is and has no interval"
+    reason[n == 0] = "no item has a value"
     result = result.drop(columns=["se", "reason"], errors="ignore")
     if (reason != "").any():
         result["reason"] = reason
@@ -215,8 +216,9 @@ def _bootstrap(
         ).astype(np.float32).T  # fmt: skip
         for begin in range(0, len(alike), step):
             pick = at[begin : begin + step]
-            mean = (total[pick] @ weights) / (count[pick] @ weights)
-            bounds = np.quantile(mean, [(1 - level) / 2, (1 + level) / 2], axis=1)
+            with np.errstate(invalid="ignore"):  # infinite values give NaN, with a reason
+                mean = (total[pick] @ weights) / (count[pick] @ weights)
+                bounds = np.quantile(mean, [(1 - level) / 2, (1 + level) / 2], axis=1)
             low[alike[begin : begin + step]], high[alike[begin : begin + step]] = bounds
     return low, high
 
