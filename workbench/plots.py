@@ -158,10 +158,8 @@ def plot_groups(table: pd.DataFrame, *, title: str = "") -> go.Figure:
                 },
             )
         )
-    figure.update_layout(
-        barmode="group", legend={"orientation": "h", "y": 1.08, "yanchor": "bottom"}
-    )
-    return styled(figure, title=title, x="group of texts", y=metrics[0].unit)
+    styled(figure, title=title, x="group of texts", y="share")
+    return figure.update_layout(barmode="group", legend={"orientation": "h", "y": -0.25})
 
 
 def plot_truth(cells: pd.DataFrame, *, color: str = "kind", title: str = "") -> go.Figure:

@@ -70,7 +70,7 @@ METRICS: dict[str, Metric] = {
         "mean log-probability", "nats per token", None, 0.0, None, "high", OURS
     ),
     "top1": Metric(
-        "teacher-forced argmax hits (exact memorization)",
+        "tokens right under teacher forcing",
         "share of tokens",
         0.0,
         1.0,
@@ -87,7 +87,7 @@ METRICS: dict[str, Metric] = {
     "difference": Metric("difference between paired conditions", "", None, None, 0.0, "", OURS),
     # extraction
     "extractable": Metric(
-        "extractable (whole suffix is greedy)", "share of items", 0.0, 1.0, 0.0, "high", CARLINI
+        "reproduced word for word", "share of items", 0.0, 1.0, 0.0, "high", CARLINI
     ),
     "verbatim_length": Metric("verbatim prefix length", "tokens", 0.0, None, 0.0, "high", CARLINI),
     "log_p_z": Metric(
