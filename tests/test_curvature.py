@@ -663,6 +663,20 @@ def test_predicted_damage_three_ways():
     np.testing.assert_allclose([by_sum, by_trace, by_curvature], got, rtol=1e-11)
 
 
+def test_saliency_does_the_least_damage_for_its_size():
+    basis, rho = random_basis(), 0.9
+    mask = cv.component_mask(basis, method="saliency", rho=rho)
+    damages = np.sort(0.5 * (basis.coefficients.numpy() ** 2 * basis.masses), axis=None)
+    coefficients, _ = cv.edited_coefficients(basis, method="saliency", rho=rho)
+    got = cv.predicted_damage(basis, coefficients)
+    removed = int((~mask).sum())
+    # no other set of that many components costs less, and what is left holds the share asked for
+    np.testing.assert_allclose(got, damages[:removed].sum(), rtol=1e-12)
+    assert got <= (1 - rho) * damages.sum() < damages[: removed + 1].sum()
+    by_mass, _ = cv.edited_coefficients(basis, method="kfac", rho=rho)
+    assert not torch.equal(by_mass, coefficients)
+
+
 def test_predicted_damage_is_the_rise_of_the_loss_where_kfac_is_exact():
     # a linear layer under a squared loss with one input: the loss is quadratic and K-FAC exact, so
     # at a minimum the predicted damage is the rise itself
@@ -910,6 +924,40 @@ def test_band_energy_by_hand():
     got = probe.band_energy(given, torch.eye(20).double())
     # 20 directions: bands 0-1, 2-4, 5-9, 10-19
     np.testing.assert_allclose(got, [[4 / 6, 1 / 6, 0, 1 / 6]])
+
+
+@pytest.mark.parametrize("bos", [None, 1])
+def test_band_rows_by_a_second_route(bos):
+    # item by item and direction by direction, at the positions that predict the suffix
+    model, name = build("neox", bos=bos), "gpt_neox.layers.1.mlp.dense_4h_to_h"
+    tokens = texts(*[11] * 5, seed=9)
+    bases = cv.decompose(collect(model, texts(*[30] * 12)))
+    basis = next(b for b in bases if b.layer.name == name)
+    table = probe.band_rows(
+        model, bases, items_of(tokens, ["seen"] * 2 + ["never"] * 3), memorized="seen",
+        clean="never", prefix=5, suffix=6,
+    )  # fmt: skip
+    caught: dict = {}
+    handle = basis.layer.module.register_forward_hook(lambda m, i, o: caught.update(a=i[0][0]))
+    shares = np.zeros((5, 12))
+    for row, text in enumerate(tokens):
+        before = [] if bos is None else [bos]
+        model.module(input_ids=torch.tensor(before + list(text))[None], use_cache=False)
+        # token 5 is predicted at position 4, token 10 at position 9
+        for a in caught["a"][len(before) + 4 : len(before) + 10]:
+            for i in range(12):
+                along = float(a.detach() @ basis.input_vectors[:, i])
+                shares[row, i] += along**2 / float((a @ a).detach()) / 6
+    handle.remove()
+    # 12 directions: bands of 1 (.1 * 12 = 1.2), 2 (to .25 * 12 = 3), 3 and 6
+    bands = np.add.reduceat(shares, [0, 1, 3, 6], axis=1)
+    got = table[(table["role"] == "mlp.down") & (table["block"] == 1)]
+    value = got.set_index(["metric", "group"])["value"]
+    mine, theirs = bands[:2].mean(axis=0), bands[2:].mean(axis=0)
+    np.testing.assert_allclose(value["band_energy", "seen"], mine, rtol=1e-6)
+    np.testing.assert_allclose(value["band_energy", "never"], theirs, rtol=1e-6)
+    np.testing.assert_allclose(value["band_ratio", "all"], mine / theirs, rtol=1e-6)
+    assert (got["lo"] <= got["value"]).all() and (got["value"] <= got["hi"]).all()
 
 
 def test_intervals_by_hand():

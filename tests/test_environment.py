@@ -26,7 +26,9 @@ def conda_specs() -> list[str]:
 
 
 def pip_specs() -> list[str]:
-    return [s for each in ENVIRONMENT["dependencies"] if isinstance(each, dict) for s in each["pip"]]
+    return [
+        s for each in ENVIRONMENT["dependencies"] if isinstance(each, dict) for s in each["pip"]
+    ]
 
 
 def test_the_environment_holds_the_dependencies_of_pyproject():

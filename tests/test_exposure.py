@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workbench.stats.exposure import align_exposures
@@ -50,6 +50,7 @@ def test_a_missing_column_is_named():
     assert str(error.value) == "align_exposures: the exposures have no column 'update'"
 
 
+@settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 12), st.sampled_from("abcz")), max_size=30),
     st.lists(st.integers(0, 15), min_size=1, max_size=6, unique=True),

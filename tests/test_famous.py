@@ -6,8 +6,8 @@ import json
 import re
 
 import pandas as pd
-import pythonbible
 import pytest
+import pythonbible
 
 from workbench import items as module
 from workbench.items import famous_passages, king_james, load_items

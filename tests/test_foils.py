@@ -127,6 +127,11 @@ def test_study_lists_count_a_text_once_and_say_how_many_there_are():
     )
     with refuses(message):
         make_study_lists(reciter(), texts, n=2, tokens=4, seed=0)
+    with refuses(
+        "make_study_lists: lists of 1; an interval needs at least 2 items a list, so give more "
+        "texts"
+    ):
+        make_study_lists(reciter(), texts, n=1, tokens=4, seed=0)
     message = "make_study_lists: texts of 99 tokens; choose 4 to 64, the model's context"
     with refuses(message):
         make_study_lists(reciter(), texts, n=2, tokens=99, seed=0)

@@ -330,6 +330,8 @@ def test_groups_are_fitted_apart_and_missing_rows_counted():
     np.testing.assert_allclose([life["verse"], life["string"]], [60, 9], rtol=1e-6)
     assert set(got["group"]) == {"slow", "fast"}
     assert fit_forgetting(table, laws=["exponential"], by=("kind",)).attrs["dropped"] == 1
+    one = fit_forgetting(table[table["kind"] == "verse"], laws=["exponential"], by=())
+    np.testing.assert_allclose(one[one["metric"] == "param_s"]["value"], 60, rtol=1e-6)
 
 
 def test_few_points_leave_reasons():

@@ -186,6 +186,19 @@ def test_twice_the_same(experiment, studied):
     pd.testing.assert_frame_equal(again.losses, studied.losses)
 
 
+def test_dropout_is_drawn_from_the_seed_and_leaves_the_callers_alone(experiment):
+    wet = SimpleNamespace(**vars(experiment))
+    wet.model = LanguageModel(neox(vocabulary=64, hidden_dropout=0.3), Numbers(), run="wet")
+    made = []
+    for callers in (1, 2):
+        torch.manual_seed(callers)
+        state = torch.get_rng_state()
+        made.append(ask(wet, lags=(0,)).losses)
+        assert torch.equal(state, torch.get_rng_state())
+    pd.testing.assert_frame_equal(*made)
+    assert not made[0].equals(ask(wet, lags=(0,), seed=6).losses)
+
+
 def test_the_ledger_is_what_was_trained(experiment, monkeypatch):
     batches = []
     step = Trainer.step

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workbench.table import (
@@ -281,6 +281,7 @@ def test_cache_folder_follows_the_variable(tmp_path, monkeypatch):
     assert cache_folder().name == "memory-workbench"
 
 
+@settings(max_examples=30, deadline=None)
 @given(
     st.lists(
         st.tuples(

@@ -149,15 +149,18 @@ def make_study_lists(
         seed: Of the draw.
 
     Returns:
-        ``2 n`` items (``group`` is ``studied`` or ``control``), ``n`` texts for unrelated foils, and
-        the rest in random order: other lists, on which settings can be chosen.
+        ``2 n`` items (``group`` is ``studied`` or ``control``), ``n`` texts for unrelated foils,
+        and the rest in random order: other lists, on which settings can be chosen.
 
     Raises:
         InputError: Fewer than ``3 n`` distinct texts of two words or more, ``n`` below 2, or
             ``tokens`` below 4 or above what the context holds.
     """
     if n < 2:
-        raise InputError(f"make_study_lists: lists of {n}; an interval needs at least 2 items")
+        raise InputError(
+            f"make_study_lists: lists of {n}; an interval needs at least 2 items a list, so give "
+            "more texts"
+        )
     if not 4 <= tokens <= model.context:
         raise InputError(
             f"make_study_lists: texts of {tokens} tokens; choose 4 to {model.context}, the model's "

@@ -41,6 +41,7 @@ TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536, "mps": 16384}
 # logits alive at once: few rows of a vocabulary of 262,144 make the head's product four times
 # slower on a CPU, which then only streams its matrix
 HEAD_ELEMENTS = {"cpu": 2**26, "cuda": 2**27, "mps": 2**25}
+WEIGHTS_SAMPLED = 256  # values of each tensor that say whether it is still the same
 REDUCE_ELEMENTS = {"cpu": 2**22, "cuda": 2**27, "mps": 2**25}  # of them reduced at once
 HEAD_TOLERANCE = 1e-3  # logits; a head applied by us must agree with the model's own
 KEEPS = ("log_probability", "guess", "rank", "mu", "sigma")
@@ -293,12 +294,34 @@ class LanguageModel:
         return torch.cat(said, dim=1).cpu().numpy()
 
     def weights_hash(self) -> str:
-        """BLAKE2 over names, shapes and bytes of all parameters, 16 hexadecimal digits."""
+        """BLAKE2 over names, shapes and bytes of all parameters, 16 hexadecimal digits.
+
+        Asked again of weights that nobody has touched it is not computed again: that would take
+        longer than scoring a few texts.
+        """
+        seen = self._weights_seen()
+        if self._own_head.get("seen") != seen:
+            digest = hashlib.blake2b(digest_size=8)
+            for name, tensor in sorted(self.module.state_dict().items()):
+                digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+                flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+                digest.update(memoryview(flat.numpy()))
+            self._own_head |= {"seen": seen, "hash": digest.hexdigest()}
+        return self._own_head["hash"]
+
+    def _weights_seen(self) -> str:
+        """Changes with any write that torch counts, and with what goes past its counters.
+
+        Where each tensor lies and how often it was written to; since ``.data`` is not counted,
+        some of its values too.
+        """
         digest = hashlib.blake2b(digest_size=8)
-        for name, tensor in sorted(self.module.state_dict().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(memoryview(flat.numpy()))
+        for name, tensor in self.module.state_dict(keep_vars=True).items():
+            written = "?" if tensor.is_inference() else tensor._version
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.data_ptr()}{written}".encode())
+            flat = tensor.detach().flatten()
+            some = flat[:: max(1, len(flat) // WEIGHTS_SAMPLED)].cpu().contiguous()
+            digest.update(memoryview(some.view(torch.uint8).numpy()))
         return digest.hexdigest()
 
     def passport(self) -> dict:

@@ -81,8 +81,8 @@ def study_and_retain(
         interference: New texts. Those that hold an item or a foil are left out with a warning.
         exposures: Times each studied item is trained on.
         learning_rate: Constant. Choose it on other lists: :func:`choose_learning_rate`.
-        lags: Updates since the study ended, increasing, 0 right after it; where a pass takes several
-            updates an item's own last exposure is a little earlier (the ledger says when).
+        lags: Updates since the study ended, increasing, 0 right after it; where a pass takes
+            several an item's own last exposure is a little earlier (the ledger says when).
         seed: Of the order of items, the interference and dropout.
         recall: Ask for recall too, which costs as much again.
         progress: Called with (update, loss) after each update.
@@ -180,14 +180,14 @@ def _study(
 def pad_texts(
     texts: Sequence[Int[np.ndarray, " pos"]],
 ) -> tuple[Int[np.ndarray, "row pos"], Int[np.ndarray, "row pos"]]:
-    """An empty batch as wide as the longest text, and the weights: 1 where a text stands, else 0."""
+    """An empty batch as wide as the longest text, and weights: 1 where a text stands, else 0."""
     lengths = np.array([len(each) for each in texts])
     weight = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
     return np.full(weight.shape, PADDING, dtype=np.int64), weight
 
 
 def _probe(student, items, foils, lag, updates, *, exposures, recall) -> pd.DataFrame:
-    """What the student says ``updates`` updates after it was copied; ``lag`` None is before study."""
+    """What the student says ``updates`` updates after it was copied; without lag: before study."""
     model = replace(student, step=student.step + updates)
     parts = [probe_recognition(model, items, foils)]
     if recall:

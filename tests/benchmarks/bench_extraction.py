@@ -18,7 +18,7 @@ from workbench.models import TOKENS_PER_BATCH, LanguageModel
 from workbench.suite import passages
 
 PREFIX = SUFFIX = 50
-ROUNDS = 7
+ROUNDS = 5
 
 
 def texts_of(model: LanguageModel, n: int) -> np.ndarray:

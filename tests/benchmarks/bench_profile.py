@@ -37,9 +37,9 @@ def panel_table(items: int, checkpoints: int, cohorts: int, dtype: type) -> pd.D
 
 
 def measure(name: str, table: pd.DataFrame, **options) -> None:
-    start = time.perf_counter()
+    start, worked = time.perf_counter(), time.process_time()
     result = memorization_profile(table, **options)
-    seconds = time.perf_counter() - start
+    seconds, worked = time.perf_counter() - start, time.process_time() - worked
     tracemalloc.start()
     memorization_profile(table, **options)
     peak = tracemalloc.get_traced_memory()[1]
@@ -47,7 +47,7 @@ def measure(name: str, table: pd.DataFrame, **options) -> None:
     panel = len(table) * 8
     held = table.memory_usage(deep=True).sum()
     print(
-        f"{name:44s} {seconds:6.2f} s, {len(result)} rows, peak {peak / 1e6:.0f} MB = "
+        f"{name:44s} {seconds:6.2f} s ({worked:.2f} s of processor), {len(result)} rows, peak {peak / 1e6:.0f} MB = "
         f"{peak / held:.2f} x table, {peak / panel:.2f} x panel as float64"
     )
 

@@ -20,23 +20,29 @@ from workbench.models import TOKENS_PER_BATCH
 
 PREFIX = SUFFIX = 16
 ROUNDS = 5
+EVERY = 5  # of the run's checkpoints one in five
 
 
 def main() -> None:
     suite = load_suite()
     items = suite.items("base")
+    steps = suite.checkpoints("base").steps[::EVERY]
     first = suite.checkpoints("base").at(0)
+
+    def chosen():
+        return suite.checkpoints("base").select(steps)
+
     tokens = np.stack(first.encode(items["text"].tolist()))
     batch = TOKENS_PER_BATCH["cpu"] // tokens.shape[1]
 
     def sweep() -> None:
         with tempfile.TemporaryDirectory() as empty:
             os.environ["WORKBENCH_CACHE"] = empty
-            probe_extraction(suite.checkpoints("base"), items, prefix=PREFIX, suffix=SUFFIX)
+            probe_extraction(chosen(), items, prefix=PREFIX, suffix=SUFFIX)
 
     def bare() -> None:
         with torch.inference_mode():
-            for _, source, _ in suite.checkpoints("base").places:
+            for _, source, _ in chosen().places:
                 first.module.load_state_dict(load_file(Path(source) / "model.safetensors"))
                 for at in range(0, len(tokens), batch):
                     ids = torch.from_numpy(tokens[at : at + batch])
@@ -52,8 +58,7 @@ def main() -> None:
             start = time.perf_counter()
             way()
             best[name] = min(best[name], time.perf_counter() - start)
-    steps = len(suite.checkpoints("base"))
-    print(f"{steps} checkpoints, {len(items)} items of {tokens.shape[1]} tokens")
+    print(f"{len(steps)} checkpoints, {len(items)} items of {tokens.shape[1]} tokens")
     for name, seconds in best.items():
         print(f"  {name:24s} {seconds:7.3f} s   sweep / it {best['sweep'] / seconds:5.2f}")
 

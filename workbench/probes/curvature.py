@@ -100,40 +100,18 @@ def probe_curvature(
             ``rho`` outside (0, 1], a role the model lacks, values that are not finite.
     """
     items = check_items(items)
-    grid = _grid(methods, rho)
-    factor_tokens = _tokens(model, texts, "texts")
-    held_tokens = _tokens(model, held_out, "held_out")
-    factors = collect_factors(
-        model, factor_tokens, roles=roles, blocks=blocks, labels=labels, seed=seed
-    )
+    grid, recited = _grid(methods, rho), _of_group(items, memorized)
+    tokens, held = _tokens(model, texts, "texts"), _tokens(model, held_out, "held_out")
+    factors = collect_factors(model, tokens, roles=roles, blocks=blocks, labels=labels, seed=seed)
     bases = decompose(factors)
+    asked = {"prefix": prefix, "suffix": suffix, "seed": seed}
     parts = [
         spectrum_rows(model, bases),
-        edit_rows(
-            model,
-            bases,
-            _of_group(items, memorized),
-            held_out=held_tokens,
-            grid=grid,
-            prefix=prefix,
-            suffix=suffix,
-            seed=seed,
-        ),
+        edit_rows(model, bases, recited, held_out=held, grid=grid, **asked),
     ]
     if (items["group"] == clean).any():
         compared = items[items["group"].isin([memorized, clean])]
-        parts.append(
-            band_rows(
-                model,
-                bases,
-                compared,
-                memorized=memorized,
-                clean=clean,
-                prefix=prefix,
-                suffix=suffix,
-                seed=seed,
-            )
-        )
+        parts.append(band_rows(model, bases, compared, memorized=memorized, clean=clean, **asked))
     else:
         warnings.warn(
             f"{ASKER}: no items of group {clean!r} to compare with, so there are no band ratios",
@@ -144,7 +122,7 @@ def probe_curvature(
         **model.passport(),
         "items": items_hash(items),
         "factor_tokens": factors.tokens,
-        "held_out_tokens": sum(len(each) - 1 for each in held_tokens),
+        "held_out_tokens": sum(len(each) - 1 for each in held),
         "layers": [basis.layer.name for basis in bases],
         "labels": labels,
         "seed": seed,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from workbench.table import InputError, one_metric, rows, validate
 
@@ -311,7 +311,8 @@ def fit_forgetting(
             f"fit_forgetting: needs one run, got {', '.join(runs)}; select one or add run to by"
         )
     made, how = [], {}
-    parts = table[usable].groupby(list(by), observed=True, sort=False) if by else [((), table)]
+    seen = table[usable]
+    parts = seen.groupby(list(by), observed=True, sort=False) if by else [((), seen)]
     for values, part in parts:
         where = dict(zip(by, values, strict=True))
         told = ", ".join(f"{name}={value}" for name, value in where.items()) or "the table"
@@ -575,14 +576,7 @@ def descend(
         stuck = (inner[active] >= high) & (gradient > 0) | (inner[active] <= low) & (gradient < 0)
         slopes = np.where(stuck[:, None, :], 0.0, slopes)
         gradient = np.where(stuck, 0.0, gradient)
-        normal = np.swapaxes(slopes, 1, 2) @ slopes
-        own = np.einsum("cpp->cp", normal)
-        own = own + own.max(axis=1, keepdims=True) * 1e-15 + 1e-300
-        damped = normal + np.einsum(
-            "cp,pq->cpq", damping[active, None] * own + 1e-300, np.eye(len(shape))
-        )
-        damped += np.einsum("cp,pq->cpq", np.where(stuck, 1.0, 0.0), np.eye(len(shape)))
-        step = np.linalg.solve(damped, gradient[..., None])[..., 0]
+        step = _damped_step(slopes, gradient, damping[active], stuck)
         # a log parameter that moves by more than e^3 leaves what the slopes say
         step = np.where(shape, step.clip(-3, 3), step)
         trial = (inner[active] + step).clip(low, high)
@@ -599,6 +593,22 @@ def descend(
         if not len(active):
             break
     return natural(inner), loss
+
+
+def _damped_step(
+    slopes: Float[np.ndarray, "curve t param"],
+    gradient: Float[np.ndarray, "curve param"],
+    damping: Float[np.ndarray, " curve"],
+    stuck: Bool[np.ndarray, "curve param"],
+) -> Float[np.ndarray, "curve param"]:
+    """Solve Marquardt's equations, damping each parameter in its own scale."""
+    normal = np.swapaxes(slopes, 1, 2) @ slopes
+    own = np.einsum("cpp->cp", normal)
+    # a parameter without any effect is held by a sliver of the others' scale
+    own = own + own.max(axis=1, keepdims=True) * 1e-15 + 1e-300
+    diagonal = damping[:, None] * own + 1e-300 + stuck
+    damped = normal + diagonal[:, :, None] * np.eye(slopes.shape[-1])
+    return np.linalg.solve(damped, gradient[..., None])[..., 0]
 
 
 # --- rows -----------------------------------------------------------------------------------------

@@ -651,7 +651,7 @@ def make_aggregate(panel: Panel, cells: Cells, means: Means, by: str) -> Aggrega
         keep &= cells.placebo | panel.settled[cells.group, cells.step]
     else:
         keep &= ~cells.placebo
-    columns = {"lag": ["metric", "lag"], "step": ["step"], "cohort": ["cohort"], "overall": []}[by]
+    columns = {"lag": ["lag", "metric"], "step": ["step"], "cohort": ["cohort"], "overall": []}[by]
     used = np.flatnonzero(keep)
     if not len(used):
         raise InputError(
