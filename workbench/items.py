@@ -376,3 +376,17 @@ def make_controls(texts: Sequence[str], *, seed: int) -> list[str]:
             sentences.append(" ".join(deck.pop() for deck in decks) + ".")
         made.append(" ".join(sentences))
     return made
+
+
+def python_documentation(n: int) -> list[str]:
+    """``n`` paragraphs of a second domain, Python's own documentation, of 200 letters or more."""
+    from pydoc_data.topics import topics
+
+    found = [
+        " ".join(part.split())
+        for _, topic in sorted(topics.items())
+        for part in re.split(r"\n\s*\n", topic)
+    ]
+    found = list(dict.fromkeys(part for part in found if len(part) >= 200))
+    order = np.random.default_rng(6).permutation(len(found))
+    return [found[i] for i in order[:n]]

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -21,7 +20,7 @@ import torch
 from jaxtyping import Int
 
 from workbench.foils import CONTROL, ITSELF, STUDIED, plain
-from workbench.items import check_items, items_hash, load_items
+from workbench.items import check_items, items_hash, load_items, python_documentation
 from workbench.models import LanguageModel
 from workbench.probes.recall import probe_recall
 from workbench.probes.recognition import probe_recognition
@@ -278,7 +277,7 @@ def interference_texts(suite: Suite | None, source: str = "", *, seed: int) -> l
         return load_items(source)["text"].tolist()
     if suite is not None:
         return suite.corpus_texts(INTERFERENCE, seed=seed)
-    return Suite(Path()).interference(INTERFERENCE)  # of no suite: its text is Python's
+    return python_documentation(INTERFERENCE)
 
 
 def _interference(model, items, foils, texts: Sequence[str], *, seed: int) -> TextStream:

@@ -297,19 +297,6 @@ class Suite:
         starts = np.random.default_rng([seed, 5]).choice(len(tokens) // width, n, replace=False)
         return [self.tokenizer.decode(tokens[s * width : (s + 1) * width]) for s in starts]
 
-    def interference(self, n: int) -> list[str]:
-        """``n`` paragraphs of a second domain, Python's own documentation, of 200 letters or more."""
-        from pydoc_data.topics import topics
-
-        found = [
-            " ".join(part.split())
-            for _, topic in sorted(topics.items())
-            for part in re.split(r"\n\s*\n", topic)
-        ]
-        found = list(dict.fromkeys(part for part in found if len(part) >= 200))
-        order = np.random.default_rng(6).permutation(len(found))
-        return [found[i] for i in order[:n]]
-
     @cached_property
     def tokenizer(self):
         from transformers import AutoTokenizer
