@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -176,6 +177,7 @@ class LanguageModel:
             raise InputError(f"score: start is {start}, but the first token is never predicted")
         lengths = np.array([len(each) for each in tokens], dtype=np.int64)
         self._refuse_lengths(lengths, start)
+        self._refuse_tokens(tokens)
         for index in buckets(lengths, TOKENS_PER_BATCH.get(self.device.type, 4096)):
             yield index, self._score_batch([tokens[i] for i in index], start, tuple(keep))
 
@@ -191,6 +193,14 @@ class LanguageModel:
                 f"score: {long.sum()} of {len(lengths)} texts are longer than the context of "
                 f"{self.context} tokens (first: number {long.argmax()}, {lengths[long][0]}); "
                 "cut them"
+            )
+
+    def _refuse_tokens(self, tokens: Sequence) -> None:
+        top = max((int(each.max()) for each in tokens), default=0)
+        if top >= self.vocabulary:
+            raise InputError(
+                f"score: token {top} is beyond the model's vocabulary of {self.vocabulary}; its "
+                "tokenizer is another model's, or has had tokens added"
             )
 
     @torch.inference_mode()
@@ -468,6 +478,8 @@ def _refuse_folder(path: Path) -> None:
     if not (path / "config.json").is_file():
         held = sorted(p.name for p in path.iterdir())[:5]
         hint = "; it holds checkpoints: use load_checkpoints" if _step_folders(path) else ""
+        if (path / "adapter_config.json").is_file():
+            hint = "; it is an adapter: merge it into its model and save that"
         raise InputError(
             f"load_model: {path} has no config.json (it holds {', '.join(held) or 'nothing'})"
             f"{hint or '; give the folder that save_pretrained wrote'}"
@@ -496,11 +508,16 @@ def _from_pretrained(place: str, revision: str | None, dtype: str):
     try:
         config = AutoConfig.from_pretrained(place, **options)
         config.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
-        module = AutoModelForCausalLM.from_pretrained(
-            place, config=config, dtype=getattr(torch, dtype), use_safetensors=True, **options
+        module, found = AutoModelForCausalLM.from_pretrained(
+            place,
+            config=config,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
         )
         tokenizer = AutoTokenizer.from_pretrained(str(having[0]), **options)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:240]
         if Path(place).is_dir():
             raise InputError(f"load_model: cannot load {place}: {reason}") from error
@@ -508,7 +525,24 @@ def _from_pretrained(place: str, revision: str | None, dtype: str):
             f"load_model: {place} is neither a folder here nor a hub id that can be reached now "
             f"({reason}); check the name, the network, or give a local folder"
         ) from error
+    _refuse_other_weights(place, found)
     return module, tokenizer
+
+
+def _refuse_other_weights(place: str, found: dict) -> None:
+    """Weights that lack part of the model are refused, for it would be left random."""
+    lacking, left = (sorted(found[key]) for key in ("missing_keys", "unexpected_keys"))
+    if lacking:
+        raise InputError(
+            f"load_model: the weights in {place} lack {len(lacking)} tensors that its config.json "
+            f"asks for (first: {lacking[0]}); they are of another model: save both together"
+        )
+    if left:
+        warnings.warn(
+            f"load_model: {len(left)} tensors in {place} have no place in the model of its "
+            f"config.json and are not used (first: {left[0]})",
+            stacklevel=3,
+        )
 
 
 def _packaged_gguf(name: str) -> list[Path]:
