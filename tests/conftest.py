@@ -163,8 +163,8 @@ TINY = Specification(
     doses=((1, 2, (0, 1)), (4, 1, (1,))),
     never=3,
     drip=1,
-    drip_dose=9,
-    drip_first=6,
+    drip_dose=12,
+    drip_first=5,
     held_out=20,
 )
 

@@ -10,11 +10,13 @@ from scipy.optimize import least_squares
 from workbench.stats.laws import (
     DEFAULT_LAWS,
     LAWS,
+    _points,
     akaike_weights,
     best_fit,
     corrected_akaike,
     ebbinghaus_savings,
     fit_forgetting,
+    fit_law,
     half_life,
     power,
     wickelgren,
@@ -280,6 +282,34 @@ def test_items_are_what_is_resampled():
         mean - LAWS["power"].curve(TIMES, *best_fit(LAWS["power"], TIMES, mean, np.ones(8))),
         atol=1e-8,
     )
+
+
+def test_bands_are_percentiles_of_the_refitted_curves():
+    table = items(0, 12)
+    got = fit_forgetting(table, laws=["power"], draws=300, level=0.8, seed=4)
+    again = fit_law(_points(validate(table), "lag", "g", 300, 4), "power", holdout=0.2).again
+    fitted = of(got, "fitted", "power")
+    curves = power(fitted["lag"].to_numpy(), *again.T[:, :, None])
+    want = np.quantile(curves, [0.1, 0.9], axis=0)
+    np.testing.assert_allclose(fitted[["lo", "hi"]].to_numpy().T, want, rtol=1e-9)
+    row = of(got, "param_p", "power").iloc[0]
+    ordered = np.sort(again[:, 2])
+    assert (row["lo"], row["hi"]) == (ordered[30], ordered[269])
+
+
+def test_resampled_curves_lie_around_the_mean_curve():
+    # 4,000 resamples of 12 items with holes: their mean is within four of its standard errors,
+    # so a false alarm in one of eight points has odds of 0.05 %
+    table = items(1, 12)
+    table.loc[[0, 9, 10, 50, 51, 77], "value"] = np.nan
+    seen = validate(table[table["value"].notna()])
+    points = _points(seen, "lag", "g", 4000, 0)
+    np.testing.assert_allclose(points.value, seen.groupby("lag")["value"].mean())
+    assert list(points.n) == list(seen.groupby("lag")["value"].count())
+    away = (points.again.mean(axis=0) - points.value) / points.again.std(axis=0) * np.sqrt(4000)
+    assert np.abs(away).max() < 4
+    spread = seen.groupby("lag")["value"].std(ddof=0) / np.sqrt(points.n)
+    np.testing.assert_allclose(points.again.std(axis=0), spread, rtol=0.15)
 
 
 def test_bands_and_half_life_cover():

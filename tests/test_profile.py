@@ -9,6 +9,7 @@ from scipy import stats
 
 from workbench.stats.profile import (
     BY,
+    _signs,
     detectable_effect,
     memorization_profile,
     pretrend_test,
@@ -559,6 +560,13 @@ def test_pretrend_without_placebo_cells_gives_a_reason():
     assert got["reason"][0] == (
         "no placebo cell with a standard error: too few checkpoints before the exposures"
     )
+
+
+def test_signs_are_rademacher():
+    # 90,000 signs: their mean has standard error 1 / 300
+    signs = _signs(np.random.default_rng(0), 300, 300)
+    assert set(np.unique(signs)) == {-1.0, 1.0}
+    assert abs(signs.mean()) < 4 / 300
 
 
 def test_holes_change_bands_little():

@@ -119,6 +119,11 @@ def test_validate_refuses_a_turned_interval():
     )
 
 
+def test_validate_takes_intervals_also_of_no_width():
+    table = validate(two().assign(lo=[0.1, 0.75], hi=[0.3, 0.75]))
+    assert table["lo"].to_list() == [0.1, 0.75] and table["hi"].to_list() == [0.3, 0.75]
+
+
 @pytest.mark.parametrize("value", [-0.01, 1.01, np.inf, -np.inf])
 def test_validate_refuses_values_out_of_range(value):
     refused(

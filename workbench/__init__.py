@@ -7,6 +7,11 @@ import torch.
 from __future__ import annotations
 
 import importlib
+import os
+
+# two processes on two cores collapse when OpenMP threads spin while they wait; read when torch is
+# first imported, so it stands before any of our modules can do that
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 _HOME = {
     "workbench.table": "METRICS InputError load rows save validate",

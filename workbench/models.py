@@ -25,8 +25,6 @@ from pathlib import Path
 
 import numpy as np
 
-# two processes on two cores collapse when OpenMP threads spin; read when torch is first imported
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
@@ -514,10 +512,11 @@ def _from_pretrained(place: str, revision: str | None, dtype: str):
             dtype=getattr(torch, dtype),
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused by name below, where transformers prints a table
             **options,
         )
         tokenizer = AutoTokenizer.from_pretrained(str(having[0]), **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:240]
         if Path(place).is_dir():
             raise InputError(f"load_model: cannot load {place}: {reason}") from error
@@ -532,6 +531,12 @@ def _from_pretrained(place: str, revision: str | None, dtype: str):
 def _refuse_other_weights(place: str, found: dict) -> None:
     """Weights that lack part of the model are refused, for it would be left random."""
     lacking, left = (sorted(found[key]) for key in ("missing_keys", "unexpected_keys"))
+    if found["mismatched_keys"]:
+        name, has, wants = min(found["mismatched_keys"])
+        raise InputError(
+            f"load_model: {name} in {place} is {tuple(has)}, and {tuple(wants)} in its "
+            "config.json; they are of different models: save both together"
+        )
     if lacking:
         raise InputError(
             f"load_model: the weights in {place} lack {len(lacking)} tensors that its config.json "
