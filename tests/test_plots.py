@@ -46,7 +46,7 @@ def test_event_study_places_and_labels_lags():
     # lags 1, 11, 31 at log10 of 2, 12, 32; -20 and -10 mirrored
     np.testing.assert_allclose(after.x, np.log10([2, 12, 32]))
     np.testing.assert_allclose(after.y, [2.0, 1.0, 0.1])
-    before = next(t for t in figure.data if t.mode and t.name.endswith("placebo"))
+    before = next(t for t in figure.data if t.name and t.name.endswith("placebo"))
     np.testing.assert_allclose(before.x, [-math.log10(21), -math.log10(11)])
     assert before.marker.symbol.endswith("-open")
     labels = dict(zip(figure.layout.xaxis.ticktext, figure.layout.xaxis.tickvals, strict=True))

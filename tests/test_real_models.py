@@ -93,7 +93,7 @@ def test_gemma_recites_and_smollm2_does_not():
 def test_gemma_goes_on_with_the_first_amendment():
     model = loaded(GEMMA)
     prompt = "Congress shall make no law respecting an establishment of religion,"
-    said = model.decode(model.generate(np.stack(model.encode([prompt])), 30)[0])
+    said = model.decode(model.generate(np.stack(model.encode([prompt])), 31)[0])
     assert said.startswith(
         " or prohibiting the free exercise thereof; or abridging the freedom of speech, or of the "
         "press; or the right of the people peaceably to assemble"

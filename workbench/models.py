@@ -24,7 +24,6 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
