@@ -519,6 +519,9 @@ def _from_pretrained(place: str, revision: str | None, dtype: str):
         reason = " ".join(str(error).split())[:240]
         if Path(place).is_dir():
             raise InputError(f"load_model: cannot load {place}: {reason}") from error
+        reason = reason.split(". ")[0].split(" to load the files")[
+            0
+        ]  # the rest is advice to coders
         raise InputError(
             f"load_model: {place} is neither a folder here nor a hub id that can be reached now "
             f"({reason}); check the name, the network, or give a local folder"

@@ -199,11 +199,16 @@ def run_reports(
     if jobs < 1:
         raise InputError(f"report: --jobs is {jobs}, needs at least 1")
     plans = make_plans(notebooks, parameters or {})
+    made = not Path(out).exists()
     folder = _usable(Path(out), [plan.notebook.name for plan in plans])
     _ensure_suites(plans)
     try:
         reports = _run_all(plans, folder, min(jobs, max(1, len(plans))))
-        write_index(folder)
+        if all(report.status == "refused" for report in reports):
+            if made:
+                folder.rmdir()  # a refusal leaves nothing behind, not even the folder
+        else:
+            write_index(folder)
     except OSError as error:
         raise InputError(_cannot_write(folder, error)) from None
     return reports

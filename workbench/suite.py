@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -483,7 +484,13 @@ def _train_runs(folder, spec, tokenizer, items, tokens, progress) -> dict:
     }
     made: dict = {"parameters": {}, "final_loss": {}, "weights": {}, **versions()}
     shared = spec.first_exposure - 1
-    bar = tqdm(total=3 * spec.updates - shared, unit="update", disable=not progress)
+    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+    bar = tqdm(
+        total=3 * spec.updates - shared,
+        unit="update",
+        disable=not progress,
+        mininterval=0.1 if watched else 30.0,  # seconds; a log file wants few lines
+    )
     with torch.random.fork_rng():
         _train_run("small", plan, exposures, made, bar)
         fork = _train_run("base", plan, exposures, made, bar, fork_at=shared)
