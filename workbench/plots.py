@@ -537,24 +537,7 @@ def plot_profile(table: pd.DataFrame, *, title: str = "") -> go.Figure:
             ygap=1,
         )
     )
-    unsure = cells[(cells["lo"] <= 0) & (cells["hi"] >= 0)]
-    blind = cells[cells["lo"].isna() & cells["value"].notna()]
-    for part, symbol, name in (
-        (unsure, "circle", "band includes 0"),
-        (blind, "x-thin-open", "no error known"),
-    ):
-        if part.empty:
-            continue
-        figure.add_trace(
-            go.Scatter(
-                x=[steps.index(s) for s in part["step"]],
-                y=[cohorts.index(g) for g in part["cohort"]],
-                mode="markers",
-                name=name,
-                marker={"symbol": symbol, "size": 5, "color": "#444444"},
-                hoverinfo="skip",
-            )
-        )
+    figure.add_traces(_doubts(cells, steps, cohorts))
     for row, cohort in enumerate(cohorts):
         edge = sum(s < cohort for s in steps) - 0.5
         figure.add_shape(
@@ -586,6 +569,25 @@ def plot_profile(table: pd.DataFrame, *, title: str = "") -> go.Figure:
         showlegend=True,
         legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1, "xanchor": "right"},
     )
+
+
+def _doubts(cells: pd.DataFrame, steps: list, cohorts: list) -> list[go.Scatter]:
+    """Marks on the cells of a heat map whose effect is not told from 0."""
+    unsure = cells[(cells["lo"] <= 0) & (cells["hi"] >= 0)]
+    blind = cells[cells["lo"].isna() & cells["value"].notna()]
+    kinds = ((unsure, "circle", "band includes 0"), (blind, "x-thin-open", "no error known"))
+    return [
+        go.Scatter(
+            x=[steps.index(s) for s in part["step"]],
+            y=[cohorts.index(g) for g in part["cohort"]],
+            mode="markers",
+            name=name,
+            marker={"symbol": symbol, "size": 5, "color": "#444444"},
+            hoverinfo="skip",
+        )
+        for part, symbol, name in kinds
+        if not part.empty
+    ]
 
 
 def plot_event_study(table: pd.DataFrame, *, color: str = "group", title: str = "") -> go.Figure:
@@ -635,7 +637,9 @@ def plot_event_study(table: pd.DataFrame, *, color: str = "group", title: str = 
                     "%{customdata[2]:.3f}], n=%{customdata[3]}<extra>" + name + "</extra>",
                 )
             )
-    label = "updates since the last exposure (placebo: before the first)"
+    label = "updates since the last exposure"
+    if (rows["metric"] == "placebo").any():
+        label += " (placebo: before the first)"
     styled(
         figure,
         title=title or "Memorization after the last exposure",

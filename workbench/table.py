@@ -21,7 +21,7 @@ import pandas as pd
 
 COLUMNS = ("run", "step", "group", "item", "metric", "value", "lo", "hi", "n")
 TEXT = ("run", "group", "item", "metric")
-BESIDE_VALUE = ("value", "lo", "hi", "n", "se", "reason")
+BESIDE_VALUE = ("value", "lo", "hi", "n", "n_control", "se", "reason")
 VERSION = 1  # of the file layout; load() refuses others by name
 PASSPORT_KEY = b"workbench.passport"
 

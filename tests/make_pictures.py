@@ -1,0 +1,38 @@
+"""Make the README's picture from reports that are there: python tests/make_pictures.py [reports].
+
+Needs a Chromium (``CHROMIUM`` names its path) and the ``test`` extra. Not a test.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+PICTURE = Path(__file__).parent.parent / "data" / "pictures" / "report.png"
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+FIGURE = 4  # counted from 0: the event study of real passages, with the prose on how to read it
+
+
+def main(reports: Path) -> None:
+    """Screenshot one figure of the memorization report with what stands around it."""
+    page_file = (reports / "memorization_profile" / "report.html").resolve()
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as player:
+        chromium = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+        browser = player.chromium.launch(executable_path=chromium, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1100, "height": 900})
+        page.goto(page_file.as_uri())
+        page.wait_for_selector(".js-plotly-plot .main-svg")
+        page.wait_for_timeout(2000)  # the last figure is drawn some time after the first
+        figure = page.locator(".js-plotly-plot").nth(FIGURE).bounding_box()
+        clip = {"x": 0, "y": figure["y"], "width": 1100, "height": 600}
+        page.screenshot(path=PICTURE, clip=clip, full_page=True)
+        browser.close()
+    print(PICTURE)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "reports"))
