@@ -549,3 +549,38 @@ def test_the_policy_stops_what_a_notebook_lets_through(made, browser, tmp_path):
     tab.wait_for_selector(".js-plotly-plot .scatterlayer .trace")
     assert tab.evaluate("window.pwned") is None
     tab.close()
+
+
+@pytest.mark.parametrize(("starts", "status"), [(2, "ok"), (3, "failed")])
+def test_a_kernel_that_does_not_start_is_started_again(tmp_path, monkeypatch, starts, status):
+    import papermill
+
+    real, tried = papermill.execute_notebook, []
+
+    def unlucky(*args, **kwargs):
+        tried.append(args)
+        if len(tried) <= starts:
+            raise RuntimeError("Kernel died before replying to kernel_info")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(papermill, "execute_notebook", unlucky)
+    path = write_notebook(
+        tmp_path,
+        "plain",
+        [v4.new_code_cell("results: str = ''", metadata={"tags": ["parameters"]})],
+    )
+    assert run_report(path, out=tmp_path / "out").status == status
+    assert len(tried) == 3
+
+
+def test_a_cell_that_fails_is_not_run_again(tmp_path):
+    count = tmp_path / "count"
+    cells = [
+        v4.new_code_cell("results: str = ''", metadata={"tags": ["parameters"]}),
+        v4.new_code_cell(f"open({str(count)!r}, 'a').write('x'); import os; os._exit(1)"),
+    ]
+    assert (
+        run_report(write_notebook(tmp_path, "dying", cells), out=tmp_path / "out").status
+        == "failed"
+    )
+    assert count.read_text() == "x"

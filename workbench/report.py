@@ -48,6 +48,7 @@ STATUS = "status.json"
 TABLE = "table.parquet"
 TABLE_CSV = "table.csv"
 KEY = "key.json"
+STARTS = 3  # tries to start a kernel: another process can take its ports before it binds them
 _INPUT, _EXECUTED = ".input.ipynb", ".executed.ipynb"  # working files, gone before the folder shows
 _INJECTED = "injected-parameters"
 _NO_SPACE = "[Errno 28]"
@@ -368,14 +369,13 @@ def _execute(plan: Plan, folder: Path, where: str, kernels: _Kernels, line):
     notebook = _prepared(plan, folder)
     nbformat.write(notebook, source)
     line("", 0, len(notebook.cells))
-    at = {"cell": 0}
+    at = {"cell": -1}  # no cell has begun
 
     def on_cell_start(cell, cell_index):
         at["cell"] = cell_index
         line("", cell_index + 1, len(notebook.cells))
 
-    failure = None
-    try:
+    def run() -> None:
         papermill.execute_notebook(
             _brace(source),
             _brace(saved),
@@ -389,18 +389,26 @@ def _execute(plan: Plan, folder: Path, where: str, kernels: _Kernels, line):
             store_widget_state=False,
             extra_arguments=["--log-level=CRITICAL"],
         )
-    except OSError:
-        raise
-    except Exception as error:  # papermill's, nbclient's, zmq's: each is a report that failed
-        if kernels.ended:
-            raise  # the cell did not fail, it was ended by Ctrl-C: no report
-        failure = _failure(error, folder)
+
+    failure = None
+    for attempt in range(1, STARTS + 1):
+        try:
+            run()
+        except OSError:
+            raise
+        except Exception as error:  # papermill's, nbclient's, zmq's: each is a report that failed
+            if kernels.ended:
+                raise  # the cell did not fail, it was ended by Ctrl-C: no report
+            if at["cell"] < 0 and attempt < STARTS:
+                continue
+            failure = _failure(error, folder)
+        break
     executed = nbformat.read(saved if saved.exists() else source, as_version=4)
     for file in (source, saved):
         file.unlink(missing_ok=True)
     _clean(executed, folder)
     if failure and not any(o.output_type == "error" for o in page.outputs(executed)):
-        _mark_failed(executed, at["cell"], failure)
+        _mark_failed(executed, max(at["cell"], 0), failure)
     return executed, failure
 
 
