@@ -271,7 +271,7 @@ class LanguageModel:
 
     @torch.inference_mode()
     def generate(
-        self, prompts: Int[np.ndarray, "item pos"], new: int, *, batch: int = 64
+        self, prompts: Int[np.ndarray, "item pos"], new: int, *, batch: int = 128
     ) -> Int[np.ndarray, "item new"]:
         """Greedy continuation, token by token with a cache; ends of text do not stop it.
 

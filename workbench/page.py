@@ -123,6 +123,7 @@ def _script_json(value) -> str:
 
 
 def finite(value):
+    """The same nested value with NaN and Inf as None, which JSON can hold."""
     if isinstance(value, Mapping):
         return {name: finite(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
@@ -158,6 +159,7 @@ def _drop_title(notebook) -> None:
 
 
 def outputs(notebook):
+    """All outputs of a notebook, in order."""
     for cell in notebook.cells:
         yield from cell.get("outputs", [])
 

@@ -6,6 +6,7 @@ whether they name the embedded suite or the user's own folder and file.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pandas as pd
 
 from workbench.items import load_items
 from workbench.models import Checkpoints, load_checkpoints
-from workbench.suite import Suite, load_suite
+from workbench.suite import GEOMETRIC, Suite, load_suite
 from workbench.table import InputError
 
 NO_EXPOSURES = pd.DataFrame({"update": np.array([], dtype=int), "item": np.array([], dtype=str)})
@@ -45,6 +46,25 @@ class Subject:
             return False
         never = self.items["cohort"].isna()
         return bool(never.any() and not never.all())
+
+    def lags(self, table: pd.DataFrame, wanted: Sequence[int] = ()) -> list[float]:
+        """Which updates since the last exposure to show: those wanted, the suite's, or all there are.
+
+        The suite's checkpoints lie at set lags after each wave; others are seen in one wave alone,
+        so that a curve through all of them would mix different texts.
+
+        Raises:
+            InputError: None of the wanted lags is in the table.
+        """
+        there = sorted(table["lag"].dropna().unique())
+        chosen = list(wanted) or (list(GEOMETRIC) if self.suite else there)
+        found = [lag for lag in there if lag in chosen]
+        if not found:
+            raise InputError(
+                f"lags: no checkpoint lies {', '.join(map(str, chosen))} updates after an exposure; "
+                f"there are {', '.join(f'{lag:g}' for lag in there[:20]) or 'none'}"
+            )
+        return found
 
     @property
     def controlled(self) -> bool:

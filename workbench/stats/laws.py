@@ -34,6 +34,7 @@ def exponential(t, a, s):
 
 
 def exponential_slopes(t, a, s):
+    """Derivatives of :func:`exponential` by its parameters, in their order."""
     left = np.exp(-t / s)
     return left, a * left * t / s**2
 
@@ -44,6 +45,7 @@ def exponential_floor(t, a, s, c):
 
 
 def exponential_floor_slopes(t, a, s, c):
+    """Derivatives of :func:`exponential_floor` by its parameters, in their order."""
     return *exponential_slopes(t, a, s), np.ones_like(t / s)
 
 
@@ -53,6 +55,7 @@ def power(t, a, b, p):
 
 
 def power_slopes(t, a, b, p):
+    """Derivatives of :func:`power` by its parameters, in their order."""
     left = (1 + b * t) ** -p
     return left, -a * p * t * left / (1 + b * t), -a * left * np.log1p(b * t)
 
@@ -63,6 +66,7 @@ def wickelgren(t, a, b, p, q):
 
 
 def wickelgren_slopes(t, a, b, p, q):
+    """Derivatives of :func:`wickelgren` by its parameters, in their order."""
     left = np.exp(-q * t)
     by_a, by_b, by_p = power_slopes(t, a, b, p)
     return by_a * left, by_b * left, by_p * left, -t * wickelgren(t, a, b, p, q)
@@ -74,6 +78,7 @@ def logarithm(t, a, b, s):
 
 
 def logarithm_slopes(t, a, b, s):
+    """Derivatives of :func:`logarithm` by its parameters, in their order."""
     return np.ones_like(t / s), -np.log1p(t / s) + 0 * b, b * t / (s * (s + t))
 
 
@@ -83,6 +88,7 @@ def semilog(t, a, b):
 
 
 def semilog_slopes(t, a, b):
+    """Derivatives of :func:`semilog` by its parameters, in their order."""
     return np.ones_like(t + a), -np.log10(t) + 0 * b
 
 
@@ -95,6 +101,7 @@ def ebbinghaus_savings(t, a, k, c):
 
 
 def ebbinghaus_savings_slopes(t, a, k, c):
+    """Derivatives of :func:`ebbinghaus_savings` by its parameters, in their order."""
     log = np.log10(t)
     past = log**c
     below = past + k
@@ -109,6 +116,7 @@ def shifted_power(t, a, s, p, c):
 
 
 def shifted_power_slopes(t, a, s, p, c):
+    """Derivatives of :func:`shifted_power` by its parameters, in their order."""
     raised = (t + s) ** p
     return raised, a * p * raised / (t + s), a * raised * np.log(t + s), np.ones_like(raised)
 
@@ -118,19 +126,23 @@ def shifted_power_slopes(t, a, s, p, c):
 
 
 def exponential_half(a, s):
+    """The t at which half of r(0) of :func:`exponential` is left; inf where never."""
     return s * np.log(2) + 0 * a
 
 
 def exponential_floor_half(a, s, c):
+    """The t at which half of r(0) of :func:`exponential_floor` is left; inf where never."""
     left = (a - c) / (2 * a)  # of the part above the floor
     return np.where((a > 0) & (left > 0), -s * np.log(np.where(left > 0, left, 1.0)), np.inf)
 
 
 def power_half(a, b, p):
+    """The t at which half of r(0) of :func:`power` is left; inf where never."""
     return np.expm1(np.log(2) / p) / b + 0 * a
 
 
 def wickelgren_half(a, b, p, q):
+    """The t at which half of r(0) of :func:`wickelgren` is left; inf where never."""
     high = np.minimum(power_half(a, b, p), np.log(2) / q)  # each factor alone is slower
     low = np.zeros_like(high)
     for _ in range(100):
@@ -141,18 +153,22 @@ def wickelgren_half(a, b, p, q):
 
 
 def logarithm_half(a, b, s):
+    """The t at which half of r(0) of :func:`logarithm` is left; inf where never."""
     return np.where(b > 0, s * np.expm1(a / (2 * np.where(b > 0, b, 1.0))), np.inf)
 
 
 def semilog_half(a, b):
+    """The t at which half of r(1) of :func:`semilog` is left; inf where never."""
     return np.where(b > 0, 10 ** (a / (2 * np.where(b > 0, b, 1.0))), np.inf)
 
 
 def ebbinghaus_savings_half(a, k, c):
+    """The t at which half of r(1) of :func:`ebbinghaus_savings` is left; inf where never."""
     return 10 ** (k ** (1 / c)) + 0 * a
 
 
 def shifted_power_half(a, s, p, c):
+    """The t at which half of r(0) of :func:`shifted_power` is left; inf where never."""
     level = ((a * s**p + c) / 2 - c) / np.where(a < 0, a, -1.0)
     return np.where((a < 0) & (level > 0), np.abs(level) ** (1 / p) - s, np.inf)
 

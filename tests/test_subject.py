@@ -1,0 +1,67 @@
+"""What a notebook's ``model`` and ``items`` mean, for the suite and for the user's own."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from workbench.stats.exposure import align_exposures
+from workbench.subject import load_subject
+from workbench.table import InputError, rows
+
+
+def texts(path, entries):
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return str(path)
+
+
+def test_a_model_of_ones_own_needs_texts_of_ones_own(model_folder):
+    with pytest.raises(InputError) as caught:
+        load_subject(str(model_folder))
+    assert str(caught.value) == (
+        "load_subject: your own model needs your own texts: add -p items=FILE, a CSV, JSONL, "
+        "Parquet or text file with a column `text` and, for controls, `group` (seen, unseen)"
+    )
+
+
+def test_one_checkpoint_says_what_it_cannot_tell(model_folder, tmp_path):
+    items = texts(
+        tmp_path / "items.jsonl", [{"text": "one two", "label": 1}, {"text": "three", "label": 0}]
+    )
+    subject = load_subject(str(model_folder), items)
+    assert not subject.causal and subject.controlled and subject.suite is None
+    assert subject.items["dose"].tolist() == [1, 0]
+    assert "One checkpoint: no causal profile and no forgetting curve" in subject.says()
+    only = texts(tmp_path / "only.jsonl", [{"text": "one two", "label": 1}])
+    assert "No held-out texts" in load_subject(str(model_folder), only).says()
+
+
+def test_cohorts_of_the_user_become_exposures(model_folder, tmp_path):
+    items = texts(
+        tmp_path / "items.jsonl",
+        [{"text": "one two", "cohort": 7}, {"text": "three four"}],
+    )
+    subject = load_subject(str(model_folder), items)
+    assert subject.exposures.to_dict("records") == [{"update": 7, "item": "items-00001"}]
+    assert subject.items["dose"].tolist() == [1, 0]
+    assert not subject.causal  # one checkpoint compares nothing
+
+
+def test_the_suite_is_causal_and_its_runs_see_what_they_planted(tiny, monkeypatch):
+    monkeypatch.setattr("workbench.subject.load_suite", lambda corpus: tiny.suite)
+    subject = load_subject()
+    assert subject.causal and subject.controlled
+    planted = set(subject.items.loc[subject.items["dose"] > 0, "item"])
+    assert planted == set(subject.exposures["item"])
+
+
+def test_lags_that_are_shown(model_folder, tmp_path):
+    items = texts(tmp_path / "items.jsonl", [{"text": "one two", "cohort": 7}])
+    subject = load_subject(str(model_folder), items)
+    parts = [rows("top1", 0.5, run="r", step=s, item="items-00001") for s in (5, 7, 10)]
+    table = align_exposures(pd.concat(parts), subject.exposures)
+    assert subject.lags(table) == [0, 3]  # step 5 lies before the exposure
+    assert subject.lags(table, [3, 9]) == [3]
+    with pytest.raises(InputError) as caught:
+        subject.lags(table, [4])
+    assert str(caught.value) == "lags: no checkpoint lies 4 updates after an exposure; there are 0, 3"
