@@ -64,4 +64,6 @@ def test_lags_that_are_shown(model_folder, tmp_path):
     assert subject.lags(table, [3, 9]) == [3]
     with pytest.raises(InputError) as caught:
         subject.lags(table, [4])
-    assert str(caught.value) == "lags: no checkpoint lies 4 updates after an exposure; there are 0, 3"
+    assert (
+        str(caught.value) == "lags: no checkpoint lies 4 updates after an exposure; there are 0, 3"
+    )

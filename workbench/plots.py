@@ -109,6 +109,7 @@ def plot_curve(
                 mode="lines+markers",
                 line={"color": colour(index)},
                 marker={"symbol": MARKERS[index % len(MARKERS)], "size": 7},
+                error_y=_whiskers(line) if len(line) == 1 else None,  # a band has no width there
                 customdata=line["n"],
                 hovertemplate="%{x}: %{y:.4g} (n=%{customdata})<extra>" + str(name) + "</extra>",
             )
@@ -120,6 +121,16 @@ def plot_curve(
         ticks = sorted(table[x].unique())
         figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     return figure
+
+
+def _whiskers(line: pd.DataFrame) -> dict:
+    """Error bars from ``lo`` and ``hi``."""
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": (line["hi"] - line["value"]).round(6),
+        "arrayminus": (line["value"] - line["lo"]).round(6),
+    }
 
 
 def _two_lines(metric: Metric) -> str:
@@ -150,12 +161,7 @@ def plot_groups(table: pd.DataFrame, *, title: str = "") -> go.Figure:
                     "color": colour(index),
                     "pattern": {"shape": ("", "/", ".", "x")[index % 4]},
                 },
-                error_y={
-                    "type": "data",
-                    "symmetric": False,
-                    "array": (part["hi"] - part["value"]).round(6),
-                    "arrayminus": (part["value"] - part["lo"]).round(6),
-                },
+                error_y=_whiskers(part),
             )
         )
     styled(figure, title=title, x="group of texts", y="share")
