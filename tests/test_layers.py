@@ -87,8 +87,9 @@ def test_stats_never_import_torch_or_models(path):
     assert {top(n) for n in ours(path)} <= {*LIGHT, "stats"} - {"suite", "parameters"}
 
 
-def test_plots_import_only_the_table():
-    assert ours(PACKAGE / "plots.py") == {"table"}
+@pytest.mark.parametrize("path", sorted((PACKAGE / "plots").glob("[a-z]*.py")), ids=name_of)
+def test_a_plot_imports_only_the_table_and_the_style(path):
+    assert ours(path) - {"plots"} <= {"table", "plots.style"}
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "probes").glob("[a-z]*.py")), ids=name_of)

@@ -1,0 +1,195 @@
+"""Forgetting curves and the laws fitted to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from workbench.plots.style import (
+    GREY,
+    HEIGHT,
+    MARKERS,
+    band,
+    colour,
+    has_columns,
+    lag_ticks,
+    rows_of,
+    see_through,
+    shown,
+    styled,
+    whiskers,
+)
+from workbench.table import METRICS, InputError, one_metric, validate
+
+
+def plot_forgetting(
+    points: pd.DataFrame,
+    fits: pd.DataFrame,
+    *,
+    x: str = "lag",
+    panel: str = "group",
+    laws: Sequence[str] | None = None,
+    title: str = "",
+) -> go.Figure:
+    """Memory against updates since the last exposure, with the fitted laws, a panel per curve.
+
+    Points carry their interval. Every law is a line; the one with the largest Akaike weight in its
+    panel is drawn thick, with its bootstrap band.
+
+    Args:
+        points: Pooled rows of one metric by ``x``.
+        fits: What ``fit_forgetting`` made of them.
+        panel: The coordinate that tells curves apart, in both tables.
+        laws: Which to draw; None draws all.
+
+    Raises:
+        InputError: Points of several metrics, an unknown column or law, several points per x, or
+            a panel without fits.
+    """
+    points, fits = validate(points), validate(fits)
+    metric = one_metric(points, "plot_forgetting")
+    has_columns("plot_forgetting", {"points": points, "fits": fits}, (x, panel))
+    has_columns("plot_forgetting", {"fits": fits}, ("law",))
+    points = points[points[x].notna()]
+    if points.duplicated([panel, x]).any():
+        raise InputError(f"plot_forgetting: several points per ({panel}, {x}); summarise first")
+    known = list(dict.fromkeys(fits["law"].astype(str)))
+    for law in laws or ():
+        if law not in known:
+            raise InputError(f"plot_forgetting: no fits of {law!r}; there are {', '.join(known)}")
+    names = list(points[panel].unique())
+    columns = min(3, len(names))
+    deep = -(-len(names) // columns)
+    figure = make_subplots(
+        deep, columns, subplot_titles=[shown(panel, n) for n in names], shared_xaxes=True,
+        shared_yaxes=True, horizontal_spacing=0.03, vertical_spacing=0.22 / deep,
+    )  # fmt: skip
+    for index, name in enumerate(names):
+        place = {"row": index // columns + 1, "col": index % columns + 1}
+        fit = fits[fits[panel] == name]
+        if fit.empty:
+            raise InputError(
+                f"plot_forgetting: no fits of {panel}={name}; fit them or leave it out"
+            )
+        for trace in _law_lines(fit, x, known, laws or known):
+            trace.showlegend = bool(trace.showlegend is not False and index == 0)
+            figure.add_trace(trace, **place)
+        figure.add_trace(_law_points(points[points[panel] == name], x, index == 0), **place)
+    styled(figure, title=title or "Forgetting", x="", y="", height=max(HEIGHT, 300 * deep + 120))
+    ticks = lag_ticks(points[x])
+    for key in ("tickvals", "ticktext"):
+        ticks[key] = ticks[key][:: min(2, columns)]  # a narrow panel has room for half of them
+    figure.update_xaxes(**ticks, showticklabels=True, tickangle=0)
+    for col in range(1, columns + 1):
+        figure.update_xaxes(title_text=f"{x} [updates], spaced as 1 + {x}", row=deep, col=col)
+    figure.add_hline(y=0, line={"dash": "dot", "color": GREY, "width": 1})
+    return figure.update_yaxes(title_text=metric.axis, col=1)
+
+
+def _law_lines(fit: pd.DataFrame, x: str, known: Sequence[str], laws: Sequence[str]) -> list:
+    weight = fit[(fit["metric"] == "weight") & fit["value"].notna()].set_index("law")["value"]
+    best = str(weight.idxmax()) if len(weight) else None
+    traces = []
+    for law in laws:
+        curve = fit[(fit["metric"] == "fitted") & (fit["law"] == law)].sort_values(x)
+        curve, shade = curve.assign(x=curve[x] + 1), colour(known.index(law))
+        if law == best:
+            traces += band(curve, "x", shade, law)
+        told = f", weight {weight[law]:.2f}" if law in weight.index else ", not compared"
+        line = go.Scatter(
+            x=curve["x"], y=curve["value"].round(6), name=law.replace("_", " "), legendgroup=law,
+            mode="lines", customdata=curve[x].round(3),
+            line={"color": shade, "width": 3 if law == best else 1.3},
+            hovertemplate=f"%{{customdata}}: %{{y:.3f}}<extra>{law}{told}</extra>",
+        )  # fmt: skip
+        traces.append(line)
+    return traces
+
+
+def _law_points(part: pd.DataFrame, x: str, legend: bool) -> go.Scatter:
+    part = part.sort_values(x)
+    return go.Scatter(
+        x=part[x] + 1,
+        y=part["value"].round(6),
+        error_y=whiskers(part) | {"color": see_through("#000000", 0.4)},
+        name="measured",
+        legendgroup="measured",
+        showlegend=legend,
+        mode="markers",
+        marker={"color": "#000000", "size": 6},
+        customdata=part[[x, "n"]],
+        hovertemplate="%{customdata[0]}: %{y:.3f}, n=%{customdata[1]}<extra>measured</extra>",
+    )
+
+
+def plot_laws(
+    fits: pd.DataFrame, *, metric: str = "weight", by: str = "group", title: str = ""
+) -> go.Figure:
+    """Compare the laws curve by curve: Akaike weights as shares of a bar, all else as points.
+
+    Args:
+        fits: What ``fit_forgetting`` gives.
+        metric: "weight", "half_life", "rmse", "rmse_holdout", "aicc" or a parameter.
+        by: The coordinate that tells curves apart.
+
+    Raises:
+        InputError: No such rows or column, or several rows per (by, law).
+    """
+    fits = validate(fits)
+    has_columns("plot_laws", {"fits": fits}, (by, "law"))
+    rows = rows_of(fits, metric, "plot_laws")
+    if rows.duplicated([by, "law"]).any():
+        raise InputError(f"plot_laws: several rows per ({by}, law); select one of them")
+    laws = list(dict.fromkeys(fits["law"].astype(str)))
+    names = list(rows[by].unique())
+    figure, shares = go.Figure(), metric == "weight"
+    for index, law in enumerate(laws):
+        part = rows[rows["law"] == law].set_index(by).reindex(names)
+        part = part[part["value"].notna()]
+        never = [names.index(name) for name in part.index[np.isinf(part["value"])]]
+        part = part[np.isfinite(part["value"])]
+        place = [names.index(name) for name in part.index]
+        common = {"name": law.replace("_", " "), "legendgroup": law}
+        told = ": %{x:.3g}<extra>" + law + "</extra>"
+        if shares:
+            bar = go.Bar(x=part["value"].round(6), y=place, orientation="h", **common)
+            bar.update(marker={"color": colour(index)}, hovertemplate="weight" + told)
+            figure.add_trace(bar)
+            continue
+        # laws side by side within a curve's row
+        shift = 0.6 * ((index + 0.5) / len(laws) - 0.5)
+        dot = go.Scatter(
+            x=part["value"].round(6), y=[p + shift for p in place], mode="markers", **common
+        )
+        dot.update(
+            marker={"color": colour(index), "symbol": MARKERS[index % len(MARKERS)], "size": 8},
+            error_x=whiskers(part) | {"color": see_through(colour(index), 0.5)},
+            hovertemplate=METRICS[metric].label + told,
+        )
+        figure.add_trace(dot)
+        for row in never:
+            figure.add_annotation(
+                x=1, xref="paper", xanchor="right", y=row + shift, showarrow=False,
+                text=f"{common['name']}: never", font={"color": colour(index), "size": 11},
+            )  # fmt: skip
+    styled(
+        figure,
+        title=title or f"Forgetting laws: {METRICS[metric].label}",
+        x=METRICS[metric].axis,
+        y="",
+        height=max(260, 46 * len(names) + 150),
+    )
+    figure.update_yaxes(
+        tickvals=list(range(len(names))),
+        ticktext=[shown(by, name) for name in names],
+        autorange="reversed",
+        range=None,
+        automargin=True,
+    )
+    if metric in ("half_life", "rmse", "rmse_holdout"):
+        figure.update_xaxes(type="log")
+    return figure.update_layout(barmode="stack")
