@@ -239,9 +239,28 @@ def test_publish_by_value(tmp_path):
     one, two = json.loads((tmp_path / "new" / "key.json").read_text())
     assert one == {
         "label": "AUC", "value": 0.71249, "lo": 0.6, "hi": 0.8, "n": 1200, "unit": "",
-        "metric": "auc", "reason": "",
+        "metric": "auc", "run": "r", "step": 0, "reason": "",
     }  # fmt: skip
     assert (two["value"], two["lo"], two["reason"]) == (None, None, "never halves")
+
+
+def test_each_key_number_leads_to_its_measure_and_its_floor(tmp_path):
+    floored = rows("top1", 0.5, run="r", step=7, lo=0.4, hi=0.6, n=9)
+    floored = floored.assign(floor=0.2, floor_lo=0.1, floor_hi=np.nan)
+    key = {
+        "hits": floored.assign(floor_hi=0.3),
+        "hits, no zone": floored,
+        "AUC": rows("auc", 0.7, run="r"),
+    }
+    publish(floored, key=key, results=tmp_path)
+    found = page.key_rows(json.loads((tmp_path / "key.json").read_text()))
+    assert [row["floor"] for row in found] == ["0.100 to 0.300", "", "chance 0.500"]
+    assert found[0]["where"] == "r, step 7"
+    measures = {row["metric"]: row for row in page.measure_rows(found)}
+    assert list(measures) == ["top1", "auc"]
+    assert measures["auc"]["range"] == "0 to 1" and measures["auc"]["chance"] == "0.500"
+    assert measures["top1"]["chance"].startswith("depends on the text")
+    assert measures["auc"]["sign"] == "higher is more" and "DeLong" in measures["auc"]["source"]
 
 
 def test_publish_writes_nothing_without_a_folder(tmp_path, monkeypatch):

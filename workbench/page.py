@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from workbench.table import METRICS
+
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 PLOTLY = "application/vnd.plotly.v1+json"
 THUMBNAIL = "thumbnail.json"
@@ -34,13 +36,14 @@ _MATH = re.compile(
 )
 
 
-def report_page(notebook, about: Mapping, *, key, parameters, passport, downloads) -> str:
+def report_page(notebook, about: Mapping, *, key, measures, parameters, passport, downloads) -> str:
     """The HTML of one report.
 
     Args:
         notebook: The executed notebook; it is not changed.
         about: What ``status.json`` holds: title, status, started, duration, given, command, error.
         key: Rows of the key numbers, as :func:`key_rows` makes them.
+        measures: What they measure, as :func:`measure_rows` says it.
         parameters: Rows with name, value, help and whether it was given.
         passport: Pairs of name and value.
         downloads: Names of files beside the page.
@@ -60,6 +63,7 @@ def report_page(notebook, about: Mapping, *, key, parameters, passport, download
         about=about,
         failed_cell='id="failure"' in cells,
         key=key,
+        measures=measures,
         parameters=parameters,
         passport=passport,
         downloads=downloads,
@@ -226,10 +230,45 @@ def key_rows(key: Sequence[Mapping]) -> list[dict]:
             "interval": interval(row["lo"], row["hi"]),
             "unit": row["unit"],
             "n": f"{row['n']:,}",
+            "floor": floor(row),
+            "metric": row["metric"],
+            "where": f"{row['run']}, step {row['step']:,}" if "run" in row else "",
             "reason": row["reason"] if row["value"] is None else "",
         }
         for row in key
     ]
+
+
+def floor(row: Mapping) -> str:
+    """What the number would be without memory: the controls' zone, or chance, or nothing known."""
+    zone = interval(row.get("floor_lo"), row.get("floor_hi"))
+    chance = METRICS[row["metric"]].chance if row["metric"] in METRICS else None
+    return zone or ("" if chance is None else f"chance {number(chance)}")
+
+
+def measure_rows(key: Sequence[Mapping]) -> list[dict]:
+    """What each metric among the key numbers means: formula, range, direction and source."""
+    names = dict.fromkeys(row["metric"] for row in key if row["metric"] in METRICS)
+    better = {"high": "higher is more", "low": "lower is better", "": "neither way is better"}
+    found = []
+    for name in names:
+        metric = METRICS[name]
+        ends = ["unbounded" if end is None else f"{end:g}" for end in (metric.low, metric.high)]
+        found.append(
+            {
+                "metric": name,
+                "label": metric.label,
+                "formula": metric.formula,
+                "unit": metric.unit,
+                "range": "unbounded" if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}",
+                "chance": "depends on the text: see the controls"
+                if metric.chance is None
+                else number(metric.chance),
+                "sign": better[metric.better],
+                "source": metric.source,
+            }
+        )
+    return found
 
 
 def number(value: float | None) -> str:

@@ -39,7 +39,7 @@ from workbench.parameters import (
     find_notebooks,
     refuse_unknown,
 )
-from workbench.table import PASSPORT_KEY, InputError, one_metric, save, whole_file
+from workbench.table import FLOOR, PASSPORT_KEY, InputError, one_metric, save, whole_file
 
 PACKAGES = (
     "memory-workbench", "torch", "transformers", "numpy", "scipy", "pandas", "plotly", "papermill",
@@ -130,13 +130,16 @@ def _key_number(label: str, row: pd.DataFrame) -> dict:
     metric = one_metric(row, "publish")
     first = row.iloc[0]
     reason = first.get("reason", "")
-    bounds = {name: float(first[name]) for name in ("value", "lo", "hi")}
+    names = ("value", "lo", "hi", *(name for name in FLOOR if name in row.columns))
+    bounds = {name: float(first[name]) for name in names}
     return {
         "label": label,
         **{name: bound if math.isfinite(bound) else None for name, bound in bounds.items()},
         "n": int(first["n"]),
         "unit": metric.unit,
         "metric": str(first["metric"]),
+        "run": str(first["run"]),
+        "step": int(first["step"]),
         "reason": "" if pd.isna(reason) else str(reason),
     }
 
@@ -512,6 +515,7 @@ def _write_files(folder: Path, plan: Plan, notebook, about: Mapping) -> None:
         notebook,
         _for_page(about),
         key=page.key_rows(key),
+        measures=page.measure_rows(key),
         parameters=parameters,
         passport=[*_passport(folder), *about["versions"].items()],
         downloads=[f for f in (f"{name}.ipynb", TABLE_CSV, TABLE, KEY) if (folder / f).is_file()],

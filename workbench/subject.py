@@ -15,8 +15,10 @@ import pandas as pd
 
 from workbench.items import load_items
 from workbench.models import Checkpoints, load_checkpoints
+from workbench.overlap import drop_shared, read_training_text, shared_words
+from workbench.stats.summarise import summarise
 from workbench.suite import GEOMETRIC, Suite, load_suite
-from workbench.table import InputError
+from workbench.table import InputError, rows
 
 NO_EXPOSURES = pd.DataFrame({"update": np.array([], dtype=int), "item": np.array([], dtype=str)})
 
@@ -46,6 +48,29 @@ class Subject:
             return False
         never = self.items["cohort"].isna()
         return bool(never.any() and not never.all())
+
+    def drop_met_controls(self, training: str = "", *, words: int = 13) -> pd.DataFrame:
+        """Look for the items in the training text; controls that stand there in part are dropped.
+
+        Args:
+            training: A text file, or any file of texts that ``load_items`` reads: what the model
+                was trained on. Empty: the suite's own training text; a model of the user's has none.
+            words: Length of the word n-grams looked for.
+
+        Returns:
+            One row a group, the share of its texts of which any n-gram was met, and empty where
+            there is no training text. Texts that were trained on should be near 1.
+
+        Raises:
+            InputError: The file cannot be read, or no control is left.
+        """
+        if not training and not self.suite:
+            return rows("shared_words", [], run="training text")
+        texts = read_training_text(training) if training else self.suite.training_texts(self.run)
+        shared = shared_words(self.items, texts, words=words)
+        self.items = drop_shared(self.items, shared)
+        met = shared[shared["value"].notna()].assign(value=lambda t: (t["value"] > 0).astype(float))
+        return summarise(met, by=["run", "step", "group", "metric"])
 
     def lags(self, table: pd.DataFrame, wanted: Sequence[int] = ()) -> list[float]:
         """Which updates since the last exposure to show: those wanted, the suite's, or all there are.

@@ -298,6 +298,12 @@ class Suite:
         starts = np.random.default_rng([seed, 5]).choice(len(tokens) // width, n, replace=False)
         return [self.tokenizer.decode(tokens[s * width : (s + 1) * width]) for s in starts]
 
+    def training_texts(self, run: str = "base") -> list[str]:
+        """All that a run was trained on: the corpus less what was held out, and what it planted."""
+        items = self.items(run)
+        tokens = np.load(self.path / "corpus.npy").astype(np.int64)
+        return [self.tokenizer.decode(tokens), *items.loc[items["dose"] > 0, "text"]]
+
     @cached_property
     def tokenizer(self):
         from transformers import AutoTokenizer

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from workbench.plots.style import AXES, GREY, MARKERS, band, colour, styled, two_lines, whiskers
+from workbench.plots.style import (
+    AXES,
+    GREY,
+    MARKERS,
+    band,
+    colour,
+    see_through,
+    styled,
+    two_lines,
+    whiskers,
+)
 from workbench.table import METRICS, InputError, one_metric, validate
 
 
@@ -58,6 +68,9 @@ def plot_curve(
 def plot_groups(table: pd.DataFrame, *, title: str = "") -> go.Figure:
     """Bars of one or several shares by group, side by side, with their intervals.
 
+    Where ``add_floor`` put them beside the shares, grey boxes show what as many never-trained
+    texts would have given: a bar that ends inside its box is no evidence of memory.
+
     Raises:
         InputError: Metrics of different units, or several rows per (metric, group).
     """
@@ -69,9 +82,11 @@ def plot_groups(table: pd.DataFrame, *, title: str = "") -> go.Figure:
         raise InputError("plot_groups: several rows per (metric, group); summarise first")
     figure = go.Figure()
     for index, (key, part) in enumerate(table.groupby("metric", observed=True)):
+        places = part["group"].astype(str) + "<br>n=" + part["n"].astype(str)
         figure.add_trace(
             go.Bar(
-                x=part["group"].astype(str) + "<br>n=" + part["n"].astype(str),
+                x=places,
+                offsetgroup=index,
                 y=part["value"].round(6),
                 name=METRICS[str(key)].label,
                 marker={
@@ -81,8 +96,27 @@ def plot_groups(table: pd.DataFrame, *, title: str = "") -> go.Figure:
                 error_y=whiskers(part),
             )
         )
+        if "floor_lo" in part.columns:
+            figure.add_trace(_boxes(part, places, index))
     styled(figure, title=title, x="group of texts", y="share")
     return figure.update_layout(barmode="group", legend={"orientation": "h", "y": -0.25})
+
+
+def _boxes(part: pd.DataFrame, places: pd.Series, index: int) -> go.Bar:
+    """Grey boxes over the bars, from ``floor_lo`` to ``floor_hi``."""
+    return go.Bar(
+        x=places,
+        base=part["floor_lo"].round(6),
+        y=(part["floor_hi"] - part["floor_lo"]).round(6),
+        offsetgroup=index,
+        name="never trained on: 95 % of as many texts",
+        showlegend=index == 0,
+        hoverinfo="skip",
+        marker={
+            "color": see_through(GREY, 0.3),
+            "line": {"color": GREY, "width": 1},
+        },
+    )
 
 
 def plot_truth(cells: pd.DataFrame, *, color: str = "kind", title: str = "") -> go.Figure:
