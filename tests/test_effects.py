@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench.stats.effects import compare_with_truth, item_gains, twin_effects
+from workbench.stats.effects import (
+    calibration,
+    compare_with_truth,
+    item_gains,
+    truth_of_others,
+    twin_effects,
+)
 from workbench.stats.profile import memorization_profile
 from workbench.table import InputError, rows
 
@@ -89,25 +95,199 @@ def test_twins_that_share_nothing_are_refused():
         twin_effects(mine, mine)
 
 
+# base step 1 (-5, -6, -4), trained at 2: gains over the controls' +.5, +1.5 (mean 1) at step 2.
+# a: -5 -> -1 is +4, gain 3; b: -6 -> -2, gain 3; c: -4 -> -1 is +3, gain 2: estimate 8/3.
+# Without (the twin) they stand at -4.5, -5.5, -2.5: true effects 3.5, 3.5, 1.5, mean 17/6.
+MINE = {"a": [-5.0, -1.0], "b": [-6.0, -2.0], "c": [-4.0, -1.0]}
+CONTROLS = {"u": [-5.0, -4.5], "v": [-6.0, -4.5]}
+TWIN = {"a": [-5.0, -4.5], "b": [-6.0, -5.5], "c": [-4.0, -2.5]}
+
+
+def compared(mine=MINE, twin=TWIN, *, lo=-9.0, hi=9.0, se=1.0, **options):
+    table = panel(mine | CONTROLS, dict.fromkeys(mine, 2.0), steps=(1, 2))
+    truth = twin_effects(table, panel(twin | CONTROLS, {}, steps=(1, 2), run="two"))
+    gains = item_gains(table)
+    value = gains.loc[gains["step"] == 2, "value"].mean()
+    estimate = rows("memorization", value, run="one", step=2, lo=lo, hi=hi, beside={"se": se})
+    return compare_with_truth(estimate, truth, panel=table, on=["step"], **options)
+
+
 def test_comparison_with_truth_by_hand():
-    # truth of three items 1, 2, 3: mean 2, standard error 1 / sqrt(3) = .577; t with 2 degrees
-    # of freedom is 4.303. An estimate with error 1 may be off by 4.303 alone and by
-    # 4.303 x sqrt(1 + 1/3) = 4.968 with both errors: 6.5 is 4.5 off, 7.5 is 5.5 off.
-    where = {"lag": [0, 1]}
-    truth = [
-        rows("memorization", [1.0, 2.0, 3.0], run="r", item=["a", "b", "c"], beside={"lag": lag})
-        for lag in (0, 1)
+    # Gain less true effect: -.5, -.5, .5; variance 1/3, over 3 items 1/9. Controls' changes .5 and
+    # 1.5: variance 1/2, over 2 of them 1/4. Error sqrt(13/36) = .600925, and Welch-Satterthwaite's
+    # (13/36)^2 / ((1/9)^2 / 2 + (1/4)^2 / 1) = 1.898876 degrees of freedom.
+    got = compared().iloc[0]
+    assert got["estimate"] == pytest.approx(8 / 3) and got["truth"] == pytest.approx(17 / 6)
+    assert got["se_difference"] == pytest.approx(0.600925, abs=1e-6)
+    assert got["freedom"] == pytest.approx(1.898876, abs=1e-6)
+    assert (got["n"], got["se"]) == (3, 1.0) and got["inside"] and got["covered"]
+    assert got["se_truth"] == pytest.approx(2 / 3)  # 3.5, 3.5, 1.5: variance 4/3, over 3
+    assert list(got.index) == [
+        *("step", "estimate", "se", "lo", "hi", "truth", "se_truth", "n"),
+        *("se_difference", "freedom", "inside", "covered"),
     ]
-    estimate = rows("memorization", [6.5, 7.5], run="r", beside=where | {"se": 1.0})
-    got = compare_with_truth(estimate, pd.concat(truth), on=["lag"])
-    assert got["truth"].tolist() == [2.0, 2.0]
-    assert got["se_truth"].tolist() == pytest.approx([3**-0.5, 3**-0.5])
-    assert got["inside"].tolist() == [True, False]
-    assert got["inside_alone"].tolist() == [False, False]
+
+
+def test_inside_goes_by_the_difference_and_covered_by_the_estimates_own_interval():
+    # the truth is 17/6 = 2.8333; both ends of an interval count
+    assert compared(lo=2.84, hi=9.0)["covered"].tolist() == [False]
+    assert compared(lo=-9.0, hi=2.83)["covered"].tolist() == [False]
+    assert compared(lo=2.83, hi=2.84)["covered"].tolist() == [True]
+    # a twin that lets all three items rise by one more than the controls: the difference is then
+    # 5/6, 1.387 errors; 69.4 % of t(1.899) lies within that
+    twin = {name: [before, after + 1.0] for name, (before, after) in TWIN.items()}
+    assert compared(twin=twin, level=0.70)["inside"].tolist() == [True]
+    assert compared(twin=twin, level=0.68)["inside"].tolist() == [False]
+
+
+def test_what_training_did_is_not_in_the_error_of_the_comparison():
+    # the trained scores cancel, however much effects differ between the items
+    other = {"a": [-5.0, -4.9], "b": [-6.0, -0.1], "c": [-4.0, -3.0]}
+    one, two = compared().iloc[0], compared(mine=other).iloc[0]
+    for name in ("se_difference", "freedom"):
+        assert one[name] == pytest.approx(two[name])
+    assert one["estimate"] - one["truth"] == pytest.approx(two["estimate"] - two["truth"])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000))
+def test_error_of_the_comparison_by_a_plain_loop(seed):
+    """Two kinds, cohorts with different bases, cells by kind and lag; one loop from the definition."""
+    rng = np.random.default_rng(seed)
+    steps, kinds, cohort, one, two = (1, 2, 3, 4), {}, {}, {}, {}
+    for number in range(16):
+        name = f"i{number}"
+        kinds[name] = "verse" if number % 2 else "string"
+        if number < 8:
+            cohort[name] = 2.0 if number < 4 else 3.0
+        one[name], two[name] = list(-rng.uniform(0, 5, 4)), list(-rng.uniform(0, 5, 4))
+    table = panel(one, cohort, steps=steps)
+    table = table.assign(kind=table["item"].map(kinds), lag=table["step"] - table["cohort"])
+    truth = twin_effects(table, panel(two, {}, steps=steps, run="two"))
+    truth = truth[truth["lag"] == 1]
+    estimate = rows("memorization", [0.0, 0.0], run="one", lo=-9.0, hi=9.0,
+                    beside={"se": 1.0, "kind": ["string", "verse"], "lag": 1.0})  # fmt: skip
+    got = compare_with_truth(estimate, truth, panel=table, on=["kind", "lag"], strata=["kind"])
+    for kind in ("string", "verse"):
+        mine = [n for n in cohort if kinds[n] == kind]
+        controls = [n for n in one if kinds[n] == kind and n not in cohort]
+        apart = []
+        for name in mine:
+            t, b = int(cohort[name]), int(cohort[name]) - 2  # places of steps g + 1 and g - 1
+            trend = np.mean([one[c][t] - one[c][b] for c in controls])
+            apart.append((two[name][t] - one[name][b]) - trend)
+        moved = [
+            np.mean([one[c][int(cohort[n])] - one[c][int(cohort[n]) - 2] for n in mine])
+            for c in controls
+        ]
+        own, control = np.var(apart, ddof=1) / 4, np.var(moved, ddof=1) / 4
+        row = got[got["kind"] == kind].iloc[0]
+        assert row["se_difference"] == pytest.approx(np.sqrt(own + control))
+        assert row["freedom"] == pytest.approx((own + control) ** 2 / (own**2 / 3 + control**2 / 3))
 
 
 def test_cells_without_an_error_are_left_out_and_counted():
-    truth = rows("memorization", [1.0], run="r", item="a", beside={"lag": 0})
-    estimate = rows("memorization", 1.0, run="r", beside={"lag": 0, "se": 0.1})
-    got = compare_with_truth(estimate, truth, on=["lag"])
+    got = compared(mine={"a": MINE["a"]})
     assert got.empty and got.attrs == {"left_out": 1}
+    got = compared(se=np.nan)
+    assert got.empty and got.attrs == {"left_out": 1}
+
+
+def test_comparison_refuses_what_it_cannot_use():
+    table = panel(MINE | CONTROLS, dict.fromkeys(MINE, 2.0), steps=(1, 2))
+    estimate = rows("memorization", 1.0, run="one", step=2, beside={"se": 1.0})
+    with pytest.raises(
+        InputError, match="^compare_with_truth: the estimates have no column 'lag'$"
+    ):
+        compare_with_truth(estimate, table, panel=table, on=["lag"])
+    with pytest.raises(InputError, match="^compare_with_truth: the stratum 'kind' is not in on$"):
+        compare_with_truth(estimate, table, panel=table, on=["step"], strata=["kind"])
+
+
+# --- over seeds ----------------------------------------------------------------------------------
+
+
+def seeds(estimate, truth, *, se=1.0, half=2.0, **columns) -> pd.DataFrame:
+    """Cells as compare_with_truth gives them, one a seed."""
+    cells = pd.DataFrame(
+        {"estimate": estimate, "truth": truth, "se": se, "se_truth": 0.5} | columns
+    )
+    cells = cells.assign(seed=np.arange(len(cells)), lo=cells["estimate"] - half, lag=0)
+    cells = cells.assign(hi=cells["estimate"] + half)
+    return cells.assign(covered=cells["truth"].between(cells["lo"], cells["hi"]))
+
+
+def test_calibration_by_hand():
+    # differences 1, 2, 3 over three seeds: mean 2, sd 1, error 1/sqrt(3), t(2) = 4.302653. Reported
+    # error 2: ratio 1/2. Leaving a seed out gives sds .5^.5, 2^.5, .5^.5 over 2: logs -1.0397,
+    # -.3466, -1.0397; their mean -.8087, jackknife error sqrt(2/3 * (2 * .231^2 + .4621^2)) = .4621.
+    # Covered within 2: two of three, sd .57735, error 1/3. Above zero: estimates 1, 4, 9 less 2.
+    cells = seeds([1.0, 4.0, 9.0], [0.0, 2.0, 6.0], se=2.0)
+    got = calibration(cells, on=["lag"], over="seed").set_index("metric")
+    t = 4.302653
+    assert got.loc["bias", ["value", "n"]].tolist() == [2.0, 3]
+    half = t / np.sqrt(3)
+    assert got.loc["bias", ["lo", "hi"]].tolist() == pytest.approx([2 - half, 2 + half], abs=1e-5)
+    ratio = got.loc["error_ratio"]
+    assert ratio["value"] == pytest.approx(0.5)
+    assert ratio["hi"] == pytest.approx(0.5 * np.exp(t * 0.462098), rel=1e-5)
+    assert ratio["lo"] == pytest.approx(0.5 / np.exp(t * 0.462098), rel=1e-5)
+    for metric in ("coverage", "power"):
+        row = got.loc[metric]
+        assert row["value"] == pytest.approx(2 / 3) and (row["lo"], row["hi"]) == (0.0, 1.0)
+
+
+def test_cells_of_a_seed_are_pooled_first_and_groups_kept_apart():
+    # lag 0 differs by 1, -1; lag 1 by 3, 1: pooled 2, 0 a seed, mean 1. Spread of each cell over
+    # seeds: variance 2 both times, reported 1: ratio sqrt(2)
+    near, far = seeds([1.0, -1.0], [0.0, 0.0]), seeds([3.0, 1.0], [0.0, 0.0]).assign(lag=1)
+    cells = pd.concat([near, far]).assign(kind="verse")
+    got = calibration(cells, on=["kind", "lag"], by=["kind"], over="seed").set_index("metric")
+    assert got.loc["bias", ["value", "n"]].tolist() == [1.0, 2]
+    assert got.loc["error_ratio", "value"] == pytest.approx(np.sqrt(2))
+    apart = calibration(cells, on=["kind", "lag"], by=["lag"], over="seed")
+    bias = apart[apart["metric"] == "bias"].set_index("lag")["value"]
+    assert bias.to_dict() == {0: 0.0, 1: 2.0}
+    # one seed: nothing to take an interval from
+    alone = calibration(cells[cells["seed"] == 0], on=["kind", "lag"], over="seed").set_index(
+        "metric"
+    )
+    assert alone.loc["bias", "value"] == 2.0 and alone.loc["bias", ["lo", "hi"]].isna().all()
+    assert np.isnan(alone.loc["error_ratio", "value"])
+    assert alone.loc["error_ratio", "reason"] == "one seed: no spread"
+
+
+def test_calibration_of_a_right_estimate_is_right():
+    # 400 seeds of a normal estimate with error 1 and a half-width of 1.96: coverage .95 and ratio 1
+    # within .04 and .15, in all but about one of 10,000 seeds
+    rng = np.random.default_rng(0)
+    cells = seeds(rng.normal(size=400), np.zeros(400), half=1.959964)
+    got = calibration(cells, on=["lag"], over="seed").set_index("metric")["value"]
+    assert abs(got["coverage"] - 0.95) < 0.04 and abs(got["error_ratio"] - 1) < 0.15
+    assert abs(got["bias"]) < 0.2 and abs(got["power"] - 0.025) < 0.03
+
+
+def test_calibration_refuses():
+    cells = seeds([1.0, 2.0], [0.0, 0.0])
+    for bad, told in (
+        (lambda: calibration(cells, on=["dose"], over="seed"), "calibration: no column 'dose'"),
+        (
+            lambda: calibration(pd.concat([cells, cells]), on=["lag"], over="seed"),
+            "calibration: several rows per (lag, seed); name what tells them apart in on",
+        ),
+    ):
+        with pytest.raises(InputError) as error:
+            bad()
+        assert str(error.value) == told
+
+
+def test_truth_of_others_by_hand():
+    # seed 0 is held to the mean 4 of the others' 2 and 6, whose error is sqrt(.5^2 + .5^2) / 2 =
+    # .353553; with its own 1 that is 1.060660, so the half-width of 2 becomes 2.121320
+    got = truth_of_others(seeds([2.0, 4.0, 9.0], [0.0, 2.0, 6.0]), on=["lag"], over="seed")
+    assert got["truth"].tolist() == [4.0, 3.0, 1.0]
+    assert (got["hi"] - got["estimate"]).tolist() == pytest.approx([2.121320] * 3, abs=1e-6)
+    assert (got["estimate"] - got["lo"]).tolist() == pytest.approx([2.121320] * 3, abs=1e-6)
+    assert got["covered"].tolist() == [True, True, False]
+    alone = truth_of_others(seeds([2.0], [0.0]), on=["lag"], over="seed")
+    assert alone.empty

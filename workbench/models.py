@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
 from transformers.core_model_loading import revert_weight_conversion
 
+from workbench.decoding import Decoding, check_schemes, rank_of, true_log_probability
 from workbench.table import InputError, cache_folder, whole_folder
 
 logging.set_verbosity_error()
@@ -66,6 +67,8 @@ class Scores:
         rank: 1 for the likeliest token; among equals the lowest id comes first.
         mu, sigma: Mean and standard deviation, under the model, of log p over the vocabulary.
         length: Tokens scored of each item.
+        under_scheme: Log-probability of the true token under each sampling scheme asked for,
+            -inf where the scheme leaves it out: a fact about the scheme, not an error.
     """
 
     length: Int[np.ndarray, " item"]
@@ -74,6 +77,7 @@ class Scores:
     rank: Int[np.ndarray, "item next"] | None = None
     mu: Float[np.ndarray, "item next"] | None = None
     sigma: Float[np.ndarray, "item next"] | None = None
+    under_scheme: Float[np.ndarray, "item next scheme"] | None = None
 
 
 @dataclass
@@ -117,6 +121,22 @@ class LanguageModel:
         ids = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         return [np.asarray(each, dtype=np.int64) for each in ids]
 
+    def encode_spans(self, text: str) -> tuple[Int[np.ndarray, " pos"], Int[np.ndarray, "pos 2"]]:
+        """Token ids of one text, and where in it each begins and ends, in characters.
+
+        Raises:
+            InputError: The tokenizer does not know.
+        """
+        try:
+            found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        except NotImplementedError:
+            raise InputError(
+                f"encode_spans: the tokenizer of {self.run} ({type(self.tokenizer).__name__}) does "
+                "not say where its tokens lie in a text; load its fast version"
+            ) from None
+        spans = np.asarray(found["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        return np.asarray(found["input_ids"], dtype=np.int64), spans
+
     def decode(self, tokens: Int[np.ndarray, " pos"]) -> str:
         return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
 
@@ -126,6 +146,7 @@ class LanguageModel:
         *,
         start: int = 1,
         keep: Sequence[str] = ("log_probability", "guess"),
+        schemes: Sequence[Decoding] = (),
     ) -> Scores:
         """Score tokens ``start`` to the end of each text in one forward pass over it.
 
@@ -133,6 +154,7 @@ class LanguageModel:
             tokens: Token ids of each text, as :meth:`encode` gives them, or ``[item, pos]``.
             start: First token that is scored, at least 1: the first has nothing before it.
             keep: Which of ``log_probability``, ``guess``, ``rank``, ``mu``, ``sigma``.
+            schemes: Sampling schemes under which the true tokens are scored in the same pass.
 
         Returns:
             Scores with one row per text, in order. Batch size, padding and truncation elsewhere
@@ -141,14 +163,15 @@ class LanguageModel:
         Raises:
             InputError: A text that ends before ``start``, or is longer than the context.
         """
-        parts = list(self.score_batches(tokens, start=start, keep=keep))
+        parts = list(self.score_batches(tokens, start=start, keep=keep, schemes=schemes))
         lengths = np.array([len(each) - start for each in tokens], dtype=np.int64)
         width = int(lengths.max(initial=0))
         whole = Scores(length=lengths)
-        for name in keep:
-            empty = np.nan if name in ("log_probability", "mu", "sigma") else -1
+        for name in [*keep, *(["under_scheme"] if schemes else [])]:
+            empty = -1 if name in ("guess", "rank") else np.nan
             kind = np.float32 if empty != -1 else np.int32
-            array = np.full((len(lengths), width), empty, dtype=kind)
+            deep = (len(schemes),) if name == "under_scheme" else ()
+            array = np.full((len(lengths), width, *deep), empty, dtype=kind)
             for index, part in parts:
                 values = getattr(part, name)
                 array[index, : values.shape[1]] = values
@@ -161,6 +184,7 @@ class LanguageModel:
         *,
         start: int = 1,
         keep: Sequence[str] = ("log_probability", "guess"),
+        schemes: Sequence[Decoding] = (),
     ) -> Iterator[tuple[Int[np.ndarray, " item"], Scores]]:
         """The same as :meth:`score`, batch by batch: what a probe reduces and lets go.
 
@@ -172,11 +196,13 @@ class LanguageModel:
             raise InputError(f"score: cannot keep {unknown[0]!r}; choose from {', '.join(KEEPS)}")
         if start < 1:
             raise InputError(f"score: start is {start}, but the first token is never predicted")
+        schemes = check_schemes(schemes, "score") if schemes else ()
         lengths = np.array([len(each) for each in tokens], dtype=np.int64)
         self._refuse_lengths(lengths, start)
         self._refuse_tokens(tokens)
         for index in buckets(lengths, TOKENS_PER_BATCH.get(self.device.type, 4096)):
-            yield index, self._score_batch([tokens[i] for i in index], start, tuple(keep))
+            few = [tokens[i] for i in index]
+            yield index, self._score_batch(few, start, tuple(keep), schemes)
 
     def _refuse_lengths(self, lengths: np.ndarray, start: int) -> None:
         short, long = lengths <= start, lengths > self.context
@@ -201,19 +227,22 @@ class LanguageModel:
             )
 
     @torch.inference_mode()
-    def _score_batch(self, tokens: list, start: int, keep: tuple[str, ...]) -> Scores:
+    def _score_batch(self, tokens: list, start: int, keep: tuple, schemes: tuple = ()) -> Scores:
         ids, targets, length = self._pad(tokens, start)
         # right padding under a causal mask cannot reach an earlier token, so no mask is passed:
         # that keeps attention on its fast path, and a padded score equal to one alone
         first = start - 1 + (self.bos is not None)
         hidden = self._hidden(ids)[:, first : first + targets.shape[1]]
-        out = self._read(hidden, targets, keep, lambda: self._full_logits(ids, first, targets))
+        out = self._read(
+            hidden, targets, keep, schemes, lambda: self._full_logits(ids, first, targets)
+        )
         valid = np.arange(targets.shape[1])[None, :] < length[:, None]
         scores = Scores(length=length)
         for name, values in out.items():
             values = values.cpu().numpy()
+            there = valid if values.ndim == 2 else valid[..., None]
             setattr(
-                scores, name, np.where(valid, values, np.nan if values.dtype.kind == "f" else -1)
+                scores, name, np.where(there, values, np.nan if values.dtype.kind == "f" else -1)
             )
         return scores
 
@@ -251,7 +280,7 @@ class LanguageModel:
         logits = self.module(input_ids=ids, use_cache=False).logits
         return logits[:, first : first + targets.shape[1]].float()
 
-    def _read(self, hidden, targets, keep, full) -> dict[str, torch.Tensor]:
+    def _read(self, hidden, targets, keep, schemes, full) -> dict[str, torch.Tensor]:
         """Reduce the vocabulary axis a few positions at a time; it is never alive as a whole."""
         vocabulary = self.vocabulary
         step, rows = (
@@ -265,18 +294,37 @@ class LanguageModel:
             piece = slice(at, at + step)
             logits = self.head(flat[piece]) if whole is None else whole[piece]
             pairs = zip(logits.split(rows), flat_targets[piece].split(rows), strict=True)
-            parts += [reduce_vocabulary(few, true, keep) for few, true in pairs]
-        shape = targets.shape
-        return {name: torch.cat([p[name] for p in parts]).view(shape) for name in keep}
+            parts += [reduce_vocabulary(few, true, keep, schemes) for few, true in pairs]
+        # a scheme axis, where there is one, stays last
+        return {n: torch.cat([p[n] for p in parts]).unflatten(0, targets.shape) for n in parts[0]}
 
     @torch.inference_mode()
     def generate(
-        self, prompts: Int[np.ndarray, "item pos"], new: int, *, batch: int = 128
-    ) -> Int[np.ndarray, "item new"]:
-        """Greedy continuation, token by token with a cache; ends of text do not stop it.
+        self,
+        prompts: Int[np.ndarray, "item pos"],
+        new: int,
+        *,
+        decoding: Decoding | None = None,
+        samples: int | None = None,
+        seed: int = 0,
+        batch: int = 128,
+    ) -> Int[np.ndarray, "item new"] | Int[np.ndarray, "item sample new"]:
+        """Continuation token by token with a cache; ends of text do not stop it.
 
         What one forward pass decides is decided by :meth:`score`; this is for continuations that
         leave the text, and for checking.
+
+        Args:
+            prompts: Token ids, all of one length.
+            new: Tokens to be said.
+            decoding: The scheme to draw from; None is greedy.
+            samples: Continuations of each prompt; None gives one, without an axis of samples.
+            seed: Of the draws. A prompt's draws depend on the seed, its number and ``new`` alone:
+                more samples begin with the same ones, and batches change nothing but rounding.
+            batch: Rows that go on together.
+
+        Raises:
+            InputError: Prompts of unlike lengths, more tokens than the context holds, no samples.
         """
         prompts = np.asarray(prompts, dtype=np.int64)
         if prompts.ndim != 2:
@@ -285,18 +333,32 @@ class LanguageModel:
             raise InputError(
                 f"generate: {prompts.shape[1]} + {new} tokens exceed the context of {self.context}"
             )
+        if samples is not None and samples < 1:
+            raise InputError(f"generate: samples is {samples}, it must be at least 1")
         if self.bos is not None:
             prompts = np.insert(prompts, 0, self.bos, axis=1)
-        out = [self._generate(prompts[i : i + batch], new) for i in range(0, len(prompts), batch)]
-        return np.concatenate(out) if out else np.zeros((0, new), dtype=np.int64)
+        decoding, each = decoding or Decoding.greedy(), samples or 1
+        said = np.zeros((len(prompts) * each, new), dtype=np.int64)
+        drawn = _uniforms(len(prompts), each, new, seed) if decoding.temperature else None
+        for at in range(0, len(said), batch):
+            rows = np.arange(at, min(at + batch, len(said)))
+            chance = None if drawn is None else np.stack([next(drawn) for _ in rows])
+            said[rows] = self._generate(prompts[rows // each], new, decoding, chance)
+        return said if samples is None else said.reshape(len(prompts), samples, new)
 
-    def _generate(self, prompts: np.ndarray, new: int) -> np.ndarray:
+    def _generate(self, prompts, new: int, decoding: Decoding, chance) -> np.ndarray:
         ids, cache, said = torch.from_numpy(prompts).to(self.device), None, []
-        for _ in range(new):
+        for at in range(new):
             out = self.module(
                 input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
             )
-            cache, ids = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
+            logits = out.logits[:, -1]
+            if chance is None:
+                token = logits.argmax(-1)
+            else:
+                uniform = torch.from_numpy(chance[:, at]).to(self.device)
+                token = draw(decoding.log_probabilities(logits.float()), uniform)
+            cache, ids = out.past_key_values, token[:, None]
             said.append(ids)
         return torch.cat(said, dim=1).cpu().numpy()
 
@@ -350,7 +412,10 @@ def versions() -> dict[str, str]:
 
 
 def reduce_vocabulary(
-    logits: Float[torch.Tensor, "row vocab"], target: Int[torch.Tensor, " row"], keep: Sequence[str]
+    logits: Float[torch.Tensor, "row vocab"],
+    target: Int[torch.Tensor, " row"],
+    keep: Sequence[str],
+    schemes: Sequence[Decoding] = (),
 ) -> dict[str, torch.Tensor]:
     """Reduce logits to what is kept of them; the definitions stand in :class:`Scores`."""
     out: dict[str, torch.Tensor] = {}
@@ -358,9 +423,7 @@ def reduce_vocabulary(
     if "guess" in keep:
         out["guess"] = logits.argmax(dim=1).int()  # documented: the first of equals
     if "rank" in keep:
-        before = torch.arange(logits.shape[1], device=logits.device) < target[:, None]
-        ahead = (logits > true) | ((logits == true) & before)
-        out["rank"] = (1 + ahead.sum(dim=1)).int()
+        out["rank"] = rank_of(logits, target).int()
     if {"log_probability", "mu", "sigma"} & set(keep):
         total = logits.logsumexp(dim=1, keepdim=True)
         out["log_probability"] = (true - total)[:, 0]
@@ -372,7 +435,31 @@ def reduce_vocabulary(
             mu = weighed.sum(dim=1)
             spread = torch.where(p > 0, p * (log_p - mu[:, None]) ** 2, 0.0).sum(dim=1)
             out["mu"], out["sigma"] = mu, spread.sqrt()
-    return {name: out[name] for name in keep}
+    kept = {name: out[name] for name in keep}
+    if schemes:
+        kept["under_scheme"] = true_log_probability(logits, target, schemes)
+    return kept
+
+
+def draw(
+    log_p: Float[torch.Tensor, "row vocab"], uniform: Float[torch.Tensor, " row"]
+) -> Int[torch.Tensor, " row"]:
+    """One token a row: the first whose cumulative probability exceeds the uniform number.
+
+    A token of probability 0 is never drawn.
+    """
+    cumulative = log_p.exp().cumsum(dim=1)
+    # the largest float32 below 1 times a total rounds to less than the total, so one exceeds it
+    aim = uniform * cumulative[:, -1]
+    return (cumulative <= aim[:, None]).sum(dim=1)
+
+
+def _uniforms(items: int, samples: int, new: int, seed: int) -> Iterator[np.ndarray]:
+    """Uniform numbers in [0, 1) for each item and sample in turn, keyed by seed and item."""
+    for item in range(items):
+        generator = np.random.default_rng([seed, item])
+        for _ in range(samples):
+            yield generator.random(new, dtype=np.float32)
 
 
 def buckets(

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
+from workbench.decoding import Decoding
 from workbench.items import items_hash
 from workbench.models import Checkpoints, LanguageModel, Scores, versions
 from workbench.table import InputError, cache_folder, load, save, validate
@@ -30,6 +31,7 @@ COORDINATES = (
     "wave",
     "copies",
     "lag",
+    "position",
 )  # of an items frame that ride along
 Reduce = Callable[[Scores, Sequence[Int[np.ndarray, " pos"]], Int[np.ndarray, " item"]], Mapping]
 
@@ -43,7 +45,9 @@ class Question:
         start: First token scored.
         keep: Per-token scores needed.
         settings: Coordinates that say how it was asked (``prefix``), constant over the table.
-        reduce: (scores, tokens, positions among all items) to a value per item and metric.
+        reduce: (scores, tokens, positions among all items) to a value per item and metric; the key
+            is the metric, or a pair of metric and scheme, which is then a coordinate.
+        schemes: Sampling schemes under which the tokens are scored as well.
     """
 
     asker: str
@@ -51,6 +55,7 @@ class Question:
     keep: tuple[str, ...]
     settings: Mapping[str, int | float]
     reduce: Reduce
+    schemes: tuple[Decoding, ...] = ()
 
 
 def sweep(
@@ -95,7 +100,10 @@ def sweep(
 
 def _ask(model: LanguageModel, tokens: Sequence, question: Question) -> dict[str, np.ndarray]:
     values: dict[str, np.ndarray] = {}
-    for index, scores in model.score_batches(tokens, start=question.start, keep=question.keep):
+    batches = model.score_batches(
+        tokens, start=question.start, keep=question.keep, schemes=question.schemes
+    )
+    for index, scores in batches:
         _refuse_not_finite(model, scores, index, question)
         reduced = question.reduce(scores, [tokens[i] for i in index], index)
         for metric, part in reduced.items():
@@ -136,12 +144,14 @@ def _assemble(parts, steps, kept, run, question) -> pd.DataFrame:
         "step": along(0, steps),
         "group": text(1, kept["group"]),
         "item": text(1, kept["item"]),
-        "metric": text(2, metrics),
+        "metric": text(2, [key if isinstance(key, str) else key[0] for key in metrics]),
         "value": value.reshape(size),
         "lo": np.nan,
         "hi": np.nan,
         "n": 1,
     }
+    if question.schemes:
+        columns["scheme"] = text(2, ["" if isinstance(key, str) else key[1] for key in metrics])
     for name in [c for c in COORDINATES if c in kept.columns]:
         numeric = pd.api.types.is_numeric_dtype(kept[name])
         columns[name] = along(1, kept[name]) if numeric else text(1, kept[name])
@@ -155,6 +165,7 @@ def _cached(source: Checkpoints, items: pd.DataFrame, question: Question) -> Pat
         "start": question.start,
         "settings": dict(question.settings),
         "keep": question.keep,
+        **({"schemes": [repr(scheme) for scheme in question.schemes]} if question.schemes else {}),
         "items": items_hash(items),
         "rides": hashlib.blake2b(items[rides].to_csv().encode(), digest_size=8).hexdigest(),
         "weights": source.fingerprint(),

@@ -21,7 +21,9 @@ import pandas as pd
 
 COLUMNS = ("run", "step", "group", "item", "metric", "value", "lo", "hi", "n")
 TEXT = ("run", "group", "item", "metric")
-BESIDE_VALUE = ("value", "lo", "hi", "n", "n_control", "se", "reason")
+FLOOR = ("floor", "floor_lo", "floor_hi")  # what texts without memory give, see stats.floors
+BOOTSTRAP = ("lo_bootstrap", "hi_bootstrap")  # a second interval beside lo and hi
+BESIDE_VALUE = ("value", "lo", "hi", "n", "n_in", "n_out", "n_control", "se", "reason", *FLOOR, *BOOTSTRAP)
 VERSION = 1  # of the file layout; load() refuses others by name
 PASSPORT_KEY = b"workbench.passport"
 
@@ -49,6 +51,7 @@ class Metric:
     chance: float | None
     better: str
     source: str
+    formula: str = ""
 
     @property
     def axis(self) -> str:
@@ -62,12 +65,20 @@ BIDERMAN = "Biderman et al. (2023), Emergent and predictable memorization"
 LESCI = "Lesci et al. (2024), Causal estimation of memorisation profiles"
 ORHAN = "Orhan (2023), Recognition, recall, and retention of few-shot memories"
 MERULLO = "Merullo et al. (2025), From memorization to reasoning in the spectrum of loss curvature"
+HAYES = "Hayes et al. (2024), Measuring memorization through probabilistic discoverable extraction"
+COOPER = "Cooper et al. (2025), Extracting memorized pieces of (copyrighted) books from open-weight language models"
+FALSE_SENSE = "Ippolito et al. (2023), Preventing verbatim memorization gives a false sense of privacy"
+SECRET = "Carlini et al. (2019), The secret sharer"
+SCHWARZSCHILD = "Schwarzschild et al. (2024), Rethinking LLM memorization through adversarial compression"
+PRASHANTH = "Prashanth et al. (2024), Recite, reconstruct, recollect"
 BURNHAM = "Burnham & Anderson (2002), Model selection and multimodel inference"
+MORRIS = "Morris et al. (2025), How much do language models memorize?"
 
 METRICS: dict[str, Metric] = {
     # one forward pass
     "log_probability": Metric(
-        "mean log-probability", "nats per token", None, 0.0, None, "high", OURS
+        "mean log-probability", "nats per token", None, 0.0, None, "high", OURS,
+        formula="(1/(L−k)) Σ_{t>k} log p(x_t | x_{<t})",
     ),
     "top1": Metric(
         "tokens right under teacher forcing",
@@ -77,19 +88,56 @@ METRICS: dict[str, Metric] = {
         None,
         "high",
         "Tirumala et al. (2022), Memorization without overfitting",
+        formula="share of t > k with x_t = argmax p(· | x_{<t})",
     ),
-    "rank": Metric("mean rank of the true token", "rank", 1.0, None, None, "low", OURS),
-    "perplexity": Metric("perplexity", "per token", 1.0, None, None, "low", OURS),
-    "loss": Metric("mean negative log-probability", "nats per token", 0.0, None, None, "low", OURS),
+    "rank": Metric("mean rank of the true token", "rank", 1.0, None, None, "low", OURS,
+        formula="mean over t > k of the rank of x_t in p(· | x_{<t}), 1 the likeliest",
+    ),
+    "perplexity": Metric("perplexity", "per token", 1.0, None, None, "low", OURS,
+        formula="exp(−(1/n) Σ log p(x_t | x_{<t}))",
+    ),
+    "loss": Metric("mean negative log-probability", "nats per token", 0.0, None, None, "low", OURS,
+        formula="−(1/n) Σ log p(x_t | x_{<t})",
+    ),
     "coverage": Metric(
-        "cells whose band holds the truth", "share of cells", 0.0, 1.0, None, "", OURS
+        "cells whose band holds the truth", "share of cells", 0.0, 1.0, None, "", OURS,
+        formula="cells with |estimate − truth| within the half-width / cells",
     ),
-    "difference": Metric("difference between paired conditions", "", None, None, 0.0, "", OURS),
+    "bias": Metric(
+        "mean error of the estimate", "nats per token", None, None, 0.0, "", OURS,
+        formula="mean over runs of estimate − truth",
+    ),
+    "error_ratio": Metric(
+        "actual over reported error", "ratio", 0.0, None, 1.0, "", OURS,
+        formula="sqrt(mean (estimate − truth)² / mean se²) over runs",
+    ),
+    "power": Metric(
+        "cells found above zero", "share of cells", 0.0, 1.0, None, "high", OURS,
+        formula="cells whose interval lies above 0 / cells",
+    ),
+    "correlation": Metric("correlation over items", "", -1.0, 1.0, 0.0, "", OURS,
+        formula="cov(x, y) / (sd x · sd y)",
+    ),
+    "counterfactual": Metric(
+        "counterfactual memorization", "unit of the score", None, None, 0.0, "high",
+        "Zhang et al. (2021), Counterfactual memorization in neural language models",
+        formula="mean score of the runs with the text − mean of the runs without",
+    ),
+    "difference": Metric("difference between paired conditions", "", None, None, 0.0, "", OURS,
+        formula="mean over pairs of first − second",
+    ),
+    "shared_words": Metric(
+        "word n-grams shared with the training text", "share of n-grams", 0.0, 1.0, None, "", OURS,
+        formula="word n-grams of the text that stand in the training text / all its n-grams",
+    ),
     # extraction
     "extractable": Metric(
-        "reproduced word for word", "share of items", 0.0, 1.0, 0.0, "high", CARLINI
+        "reproduced word for word", "share of items", 0.0, 1.0, 0.0, "high", CARLINI,
+        formula="1 if x_t = argmax p(· | x_{<t}) for every t > k, else 0",
     ),
-    "verbatim_length": Metric("verbatim prefix length", "tokens", 0.0, None, 0.0, "high", CARLINI),
+    "verbatim_length": Metric("verbatim prefix length", "tokens", 0.0, None, 0.0, "high", CARLINI,
+        formula="tokens after the prompt before the first x_t ≠ argmax p(· | x_{<t})",
+    ),
     "log_p_z": Metric(
         "log-probability of the whole suffix",
         "nats",
@@ -97,10 +145,66 @@ METRICS: dict[str, Metric] = {
         0.0,
         None,
         "high",
-        "Hayes et al. (2024), Measuring memorization through probabilistic discoverable extraction",
+        HAYES,
+        formula="Σ_{t>k} log p(x_t | x_{<t})",
     ),
     "memorization_score": Metric(
-        "greedy continuation matches", "share of tokens", 0.0, 1.0, None, "high", BIDERMAN
+        "greedy continuation matches", "share of tokens", 0.0, 1.0, None, "high", BIDERMAN,
+        formula="share of positions at which the greedy continuation of the prompt equals the text",
+    ),
+    "extraction_strength": Metric(
+        "extraction strength",
+        "share of tokens",
+        0.0,
+        1.0,
+        None,
+        "high",
+        "Carlini et al. (2021), Extracting training data from large language models",
+        formula="1 − min{k : greedy decoding from the first k of L tokens gives the rest} / L",
+    ),
+    "edit_similarity": Metric(
+        "token edit similarity of the continuation", "share", 0.0, 1.0, None, "high", FALSE_SENSE,
+        formula="1 − token edit distance of greedy continuation and text / the longer length",
+    ),
+    "bleu": Metric(
+        "BLEU of the continuation", "", 0.0, 1.0, None, "high", FALSE_SENSE,
+        formula="geometric mean of the shares of 1- to 4-grams of tokens that the text has",
+    ),
+    "cdd": Metric(
+        "samples close to the greedy continuation",
+        "share of samples",
+        0.0,
+        1.0,
+        None,
+        "high",
+        "Dong et al. (2024), Generalization or memorization: data contamination and trustworthy evaluation",
+        formula="share of samples with token edit distance to the greedy one ≤ α · length",
+    ),
+    "p_z": Metric(
+        "probability of the whole suffix", "", 0.0, 1.0, None, "high", HAYES,
+        formula="Π_{t>k} p(x_t | x_{<t}) under the sampling scheme",
+    ),
+    "discoverable": Metric(
+        "extracted in n samples with probability p or more",
+        "share of items",
+        0.0,
+        1.0,
+        None,
+        "high",
+        HAYES,
+        formula="share of items with 1 − (1 − p_z)ⁿ ≥ p",
+    ),
+    "tries": Metric(
+        "samples needed to extract with probability p", "samples", 1.0, None, None, "low", HAYES,
+        formula="⌈log(1 − p) / log(1 − p_z)⌉",
+    ),
+    "near_verbatim_run": Metric(
+        "longest near-verbatim run", "tokens", 0.0, None, None, "high", COOPER,
+        formula="longest union of overlapping suffixes with p_z ≥ threshold",
+    ),
+    "verbatim_run": Metric(
+        "longest verbatim run", "tokens", 0.0, None, None, "high", OURS,
+        formula="longest union of overlapping greedy matches, each prompted by the text before it",
     ),
     # membership: one attack score an item, higher = member; AUC and TPR once pooled
     "member_loss": Metric(
@@ -111,9 +215,11 @@ METRICS: dict[str, Metric] = {
         None,
         "high",
         "Yeom et al. (2018), Privacy risk in machine learning",
+        formula="(1/n) Σ log p(x_t | x_{<t})",
     ),
     "member_zlib": Metric(
-        "zlib attack score", "nats per token and byte", None, 0.0, None, "high", "Carlini et al. (2021)"
+        "zlib attack score", "nats per token and byte", None, 0.0, None, "high", "Carlini et al. (2021)",
+        formula="(1/n) Σ log p(x_t | x_{<t}) / bytes of zlib(text)",
     ),
     "member_mink": Metric(
         "Min-K score",
@@ -123,12 +229,85 @@ METRICS: dict[str, Metric] = {
         None,
         "high",
         "Shi et al. (2024), Detecting pretraining data",
+        formula="mean of the lowest max(1, ⌊k n⌋) of log p(x_t | x_{<t})",
     ),
     "member_minkpp": Metric(
-        "Min-K++ score", "standard deviations", None, None, None, "high", "Zhang et al. (2025)"
+        "Min-K++ score", "standard deviations", None, None, None, "high", "Zhang et al. (2025)",
+        formula="mean of the lowest max(1, ⌊k n⌋) of (log p(x_t | x_{<t}) − μ_t) / σ_t",
+    ),
+    "member_reference": Metric(
+        "reference attack score",
+        "nats per token",
+        None,
+        None,
+        None,
+        "high",
+        "Carlini et al. (2021), Extracting training data from large language models",
+        "(log p(x) - log p_reference(x)) / tokens",
+    ),
+    "member_recall": Metric(
+        "ReCaLL score",
+        "ratio",
+        0.0,
+        None,
+        None,
+        "high",
+        "Xie et al. (2024), ReCaLL: Membership inference via relative conditional log-likelihoods",
+        "log p(x | prefix) / log p(x), both negative",
+    ),
+    "member_neighbourhood": Metric(
+        "neighbourhood attack score",
+        "nats per token",
+        None,
+        None,
+        None,
+        "high",
+        "Mattern et al. (2023), Membership inference via neighbourhood comparison",
+        "mean log p(x) - mean over neighbours of mean log p(neighbour)",
+    ),
+    "member_gradient": Metric(
+        "gradient norm attack score",
+        "nats per token and unit of weight",
+        None,
+        0.0,
+        None,
+        "high",
+        "Wang et al. (2024), Pandora's white-box",
+        "-|gradient of the mean loss over all parameters|",
+    ),
+    "member_blind": Metric(
+        "blind bag of words (no model)",
+        "share of the other class",
+        0.0,
+        1.0,
+        0.5,
+        "",
+        "Das, Zhang & Tramer (2024), Blind baselines beat membership inference attacks",
     ),
     "auc": Metric(
-        "membership AUC", "", 0.0, 1.0, 0.5, "high", "DeLong et al. (1988), Comparing areas"
+        "membership AUC", "", 0.0, 1.0, 0.5, "high", "DeLong et al. (1988), Comparing areas",
+        formula="P(member's score > other's) + ½ P(equal)",
+    ),
+    "partial_auc": Metric(
+        "partial AUC up to the false positive rate, standardised",
+        "",
+        0.0,
+        1.0,
+        0.5,
+        "high",
+        "McClish (1989), Analyzing a portion of the ROC curve",
+    ),
+    "auc_gain": Metric(
+        "membership AUC beyond a blind bag of words", "", -1.0, 1.0, 0.0, "high", "Das et al. (2024)"
+    ),
+    "dose_concordance": Metric(
+        "pairs of texts in the order of their exposures",
+        "share of pairs",
+        0.0,
+        1.0,
+        0.5,
+        "high",
+        "Jonckheere (1954), A distribution-free k-sample test against ordered alternatives",
     ),
     "tpr_at_fpr": Metric(
         "true positive rate at the false positive rate",
@@ -138,13 +317,24 @@ METRICS: dict[str, Metric] = {
         None,
         "high",
         "Carlini et al. (2022), Membership inference from first principles",
+        formula="largest share of members above a threshold that at most the given share of others pass",
     ),
     # causal profile and forgetting
-    "outcome": Metric("outcome", "", None, None, None, "", "the user's panel"),
-    "memorization": Metric("memorization (ATT)", "nats per token", None, None, 0.0, "high", LESCI),
-    "placebo": Metric("placebo effect", "nats per token", None, None, 0.0, "", LESCI),
-    "wald": Metric("pre-trend Wald statistic", "chi-square", 0.0, None, None, "low", LESCI),
-    "p_value": Metric("p-value", "", 0.0, 1.0, None, "", OURS),
+    "outcome": Metric("outcome", "", None, None, None, "", "the user's panel",
+        formula="as it came",
+    ),
+    "memorization": Metric("memorization (ATT)", "nats per token", None, None, 0.0, "high", LESCI,
+        formula="ATT(g, t) = mean over cohort g of (Y_t − Y_b) − mean over controls of (Y_t − Y_b)",
+    ),
+    "placebo": Metric("placebo effect", "nats per token", None, None, 0.0, "", LESCI,
+        formula="ATT(g, t) at t before g",
+    ),
+    "wald": Metric("pre-trend Wald statistic", "chi-square", 0.0, None, None, "low", LESCI,
+        formula="θ' V⁺ θ over the placebo effects θ with covariance V",
+    ),
+    "p_value": Metric("p-value", "", 0.0, 1.0, None, "", OURS,
+        formula="P(χ² ≥ Wald), degrees of freedom the rank of V",
+    ),
     "p_value_max_t": Metric(
         "p-value of the largest placebo effect",
         "",
@@ -153,9 +343,11 @@ METRICS: dict[str, Metric] = {
         None,
         "",
         "Callaway & Sant'Anna (2021), Difference-in-differences with multiple time periods",
+        formula="(1 + multiplier draws with a larger max |θ* / σ|) / (1 + draws)",
     ),
     "detectable": Metric(
-        "smallest effect detectable at 80 % power", "nats per token", 0.0, None, None, "low", OURS
+        "smallest effect detectable at 80 % power", "nats per token", 0.0, None, None, "low", OURS,
+        formula="(z_{.975} + z_{.80}) · standard error",
     ),
     "retention": Metric(
         "share of the gain that is left",
@@ -165,32 +357,55 @@ METRICS: dict[str, Metric] = {
         0.0,
         "high",
         "Chang et al. (2024), How do LLMs acquire factual knowledge during pretraining?",
+        formula="gain at lag t / gain at lag 0",
     ),
-    "aicc": Metric("corrected Akaike criterion", "", None, None, None, "low", BURNHAM),
-    "weight": Metric("Akaike weight", "share", 0.0, 1.0, None, "high", BURNHAM),
-    "half_life": Metric("half-life", "updates", 0.0, None, None, "high", OURS),
-    "rmse": Metric("root mean squared error", "", 0.0, None, None, "low", OURS),
+    "aicc": Metric("corrected Akaike criterion", "", None, None, None, "low", BURNHAM,
+        formula="n log(RSS / n) + 2 k + 2 k (k + 1) / (n − k − 1), k with the error variance",
+    ),
+    "weight": Metric("Akaike weight", "share", 0.0, 1.0, None, "high", BURNHAM,
+        formula="exp(−Δ/2) / Σ exp(−Δ/2), Δ = AICc less the smallest",
+    ),
+    "half_life": Metric("half-life", "updates", 0.0, None, None, "high", OURS,
+        formula="t at which the fitted r(t) is r(0) / 2",
+    ),
+    "rmse": Metric("root mean squared error", "", 0.0, None, None, "low", OURS,
+        formula="sqrt(mean (r(t) − fit)²)",
+    ),
     "rmse_holdout": Metric(
-        "root mean squared error on the held-out last points", "", 0.0, None, None, "low", OURS
+        "root mean squared error on the held-out last points", "", 0.0, None, None, "low", OURS,
+        formula="sqrt(mean (r(t) − fit)²) over points the fit has not seen",
     ),
-    "fitted": Metric("fitted law", "", None, None, None, "", OURS),
-    "residual": Metric("residual", "", None, None, 0.0, "", OURS),
+    "fitted": Metric("fitted law", "", None, None, None, "", OURS,
+        formula="r(t) of the law at its fitted parameters",
+    ),
+    "residual": Metric("residual", "", None, None, 0.0, "", OURS,
+        formula="observed − fitted",
+    ),
     **{
-        f"param_{name}": Metric(f"parameter {name}", "", None, None, None, "", OURS)
+        f"param_{name}": Metric(f"parameter {name}", "", None, None, None, "", OURS, "see the law")
         for name in ("a", "b", "c", "k", "p", "q", "s")
     },
     # recognition, recall
     "recognition": Metric(
-        "two-alternative recognition", "share of pairs", 0.0, 1.0, None, "high", ORHAN
+        "two-alternative recognition", "share of pairs", 0.0, 1.0, None, "high", ORHAN,
+        formula="mean over pairs of 1[loss(text) < loss(foil)] + ½ 1[equal]",
     ),
     "recognition_auc": Metric(
-        "recognition AUC, unpaired", "", 0.0, 1.0, None, "high", ORHAN
+        "recognition AUC, unpaired", "", 0.0, 1.0, None, "high", ORHAN,
+        formula="P(loss(text) < loss(foil)) + ½ P(equal), over all texts and all foils",
     ),
-    "d_prime": Metric("d'", "standard deviations", None, None, None, "high", ORHAN),
-    "recall_exact": Metric("recall: exact suffix", "share of items", 0.0, 1.0, 0.0, "high", ORHAN),
-    "recall_token": Metric("recall: tokens right", "share of tokens", 0.0, 1.0, None, "high", OURS),
+    "d_prime": Metric("d'", "standard deviations", None, None, None, "high", ORHAN,
+        formula="(mean foil loss − mean text loss) / sqrt((var text + var foil) / 2)",
+    ),
+    "recall_exact": Metric("recall: exact suffix", "share of items", 0.0, 1.0, 0.0, "high", ORHAN,
+        formula="1 if the greedy continuation equals the suffix, else 0",
+    ),
+    "recall_token": Metric("recall: tokens right", "share of tokens", 0.0, 1.0, None, "high", OURS,
+        formula="share of positions at which the greedy continuation equals the suffix",
+    ),
     "recall_edit": Metric(
-        "recall: normalised edit similarity", "share", 0.0, 1.0, None, "high", OURS
+        "recall: normalised edit similarity", "share", 0.0, 1.0, None, "high", OURS,
+        formula="1 − token edit distance / the longer length",
     ),
     **{
         f"recall_rouge{kind}": Metric(
@@ -201,31 +416,112 @@ METRICS: dict[str, Metric] = {
             None,
             "high",
             "Lin (2004), ROUGE: a package for automatic evaluation of summaries",
+            formula="F of the words, word pairs or longest common subsequence shared with the suffix",
         )
         for kind in ("1", "2", "L")
     },
+    # what a model holds
+    "memorized_bits": Metric(
+        "memorized of random tokens", "bits", None, None, 0.0, "high", MORRIS,
+        formula="N S log2 V - Σ -log2 p, over N sequences of S tokens from V",
+    ),
+    "doubling_gain": Metric(
+        "memorized in the second half of the updates", "share", None, None, None, "", OURS,
+        formula="(M - M of the run ended at half its updates) / M",
+    ),
+    "capacity_bits": Metric(
+        "capacity", "bits", None, None, 0.0, "high", MORRIS,
+        formula="plateau of what is memorized, over the size of the data",
+    ),
+    "plateau_trend": Metric(
+        "change of what is memorized when the data double", "share", None, None, 0.0, "", OURS,
+        formula="slope of M over log2 of the data / mean M",
+    ),
+    "bits_per_parameter": Metric(
+        "capacity per parameter", "bits per parameter", None, None, 0.0, "high", MORRIS,
+        formula="C / P of a model, or the slope of C over P",
+    ),
+    "unintended_bits": Metric(
+        "bits beyond the reference, at least 0", "bits", 0.0, None, None, "high", MORRIS,
+        formula="max(0, -log2 p_ref + log2 p)",
+    ),
+    "unintended_bits_signed": Metric(
+        "bits beyond the reference", "bits", None, None, None, "high", MORRIS,
+        formula="-log2 p_ref + log2 p",
+    ),
     # curvature
-    "mass": Metric("share of curvature mass", "share", 0.0, 1.0, None, "", MERULLO),
-    "kept": Metric("share of components kept", "share", 0.0, 1.0, None, "", MERULLO),
-    "clamped": Metric("clamped negative eigenvalue mass", "share", 0.0, None, 0.0, "low", OURS),
+    "mass": Metric("share of curvature mass", "share", 0.0, 1.0, None, "", MERULLO,
+        formula="Σ of the largest λ_i μ_j / (Σ λ)(Σ μ)",
+    ),
+    "kept": Metric("share of components kept", "share", 0.0, 1.0, None, "", MERULLO,
+        formula="components kept / all components",
+    ),
+    "clamped": Metric("clamped negative eigenvalue mass", "share", 0.0, None, 0.0, "low", OURS,
+        formula="Σ |negative eigenvalues| / Σ |eigenvalues|",
+    ),
     "predicted_damage": Metric(
-        "second-order damage of the edit", "nats per token", 0.0, None, 0.0, "low", MERULLO
+        "second-order damage of the edit", "nats per token", 0.0, None, 0.0, "low", MERULLO,
+        formula="½ Σ over removed components of C_ij² λ_i μ_j",
     ),
     "recitation_strict": Metric(
-        "strict recitation", "share of items", 0.0, 1.0, 0.0, "high", MERULLO
+        "strict recitation", "share of items", 0.0, 1.0, 0.0, "high", MERULLO,
+        formula="1 if the greedy continuation equals the text, else 0",
     ),
     "recitation_loose": Metric(
-        "loose recitation (similarity at least .75)", "share of items", 0.0, 1.0, 0.0, "high", MERULLO
+        "loose recitation (similarity at least .75)", "share of items", 0.0, 1.0, 0.0, "high", MERULLO,
+        formula="1 if 1 − edit distance / length ≥ .75, else 0",
     ),
     "edit_distance": Metric(
-        "token edit distance of the continuation", "share of length", 0.0, 1.0, None, "low", MERULLO
+        "token edit distance of the continuation", "share of length", 0.0, 1.0, None, "low", MERULLO,
+        formula="token edit distance of continuation and text / length",
     ),
     "band_energy": Metric(
-        "activation energy in the band", "share", 0.0, 1.0, None, "", MERULLO
+        "activation energy in the band", "share", 0.0, 1.0, None, "", MERULLO,
+        formula="squared activation along the band's directions / along all",
     ),
     "band_ratio": Metric(
-        "activation energy, memorized over clean", "ratio", 0.0, None, 1.0, "", MERULLO
+        "activation energy, memorized over clean", "ratio", 0.0, None, 1.0, "", MERULLO,
+        formula="band energy of memorized texts / of clean texts",
     ),
+    # exposure, guesses, compression, prediction, life lines
+    "exposure": Metric("exposure", "bits", 0.0, None, 1.4427, "high", SECRET),
+    "exposure_extrapolated": Metric(
+        "exposure by the fitted tail", "bits", 0.0, None, 1.4427, "high", SECRET
+    ),
+    "fit_distance": Metric(
+        "Kolmogorov-Smirnov distance of the fit", "", 0.0, 1.0, None, "low", SECRET
+    ),
+    "guess_log_probability": Metric(
+        "log-probability of the model's own continuation",
+        "nats",
+        None,
+        0.0,
+        None,
+        "high",
+        "Carlini et al. (2021), Extracting training data from large language models",
+    ),
+    "precision": Metric("precision", "share of guesses", 0.0, 1.0, None, "high", BIDERMAN),
+    "recall": Metric("recall", "share of targets", 0.0, 1.0, None, "high", BIDERMAN),
+    "f1": Metric("F1", "", 0.0, 1.0, None, "high", BIDERMAN),
+    "base_rate": Metric("base rate", "share of items", 0.0, 1.0, None, "", BIDERMAN),
+    "average_precision": Metric("average precision", "", 0.0, 1.0, None, "high", OURS),
+    "recall_at_errors": Metric(
+        "recall before the allowed errors are spent", "share of targets", 0.0, 1.0, None, "high", OURS
+    ),
+    "compression_ratio": Metric(
+        "adversarial compression ratio", "target per prompt token", 0.0, None, None, "high", SCHWARZSCHILD
+    ),
+    "prompt_tokens": Metric(
+        "shortest prompt found", "tokens", 1.0, None, None, "low", SCHWARZSCHILD
+    ),
+    "compressible": Metric(
+        "elicited by a prompt shorter than itself", "share of items", 0.0, 1.0, None, "high", SCHWARZSCHILD
+    ),
+    "coefficient": Metric(
+        "logistic coefficient", "log-odds per standard deviation", None, None, 0.0, "", PRASHANTH
+    ),
+    "class_share": Metric("share of the memorized texts", "share", 0.0, 1.0, None, "", PRASHANTH),
+    "event_step": Metric("checkpoint that first shows it", "updates", 0.0, None, None, "", OURS),
 }  # fmt: skip
 
 
@@ -292,7 +588,7 @@ def validate(table: pd.DataFrame) -> pd.DataFrame:
         )
     table = table.reset_index(drop=True).copy(deep=False)
     for name in table.columns:
-        if name in ("value", "lo", "hi", "se"):
+        if name in ("value", "lo", "hi", "se", *FLOOR, *BOOTSTRAP):
             table[name] = table[name].astype("float64")
         elif name in ("step", "n"):
             if table[name].isna().any():

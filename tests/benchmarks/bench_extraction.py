@@ -1,7 +1,8 @@
 """probe_extraction against a bare forward pass and against generate.
 
 ``python tests/benchmarks/bench_extraction.py [MODEL] [--batch 50]``: without a model the suite's
-larger one; both baselines run in turn with the probe, and the least time of each counts.
+larger one; both baselines run in turn with the probe, and the least time of each counts. Below,
+what scoring under sampling schemes costs beside scoring alone, as a ratio of processor time.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from workbench import load_model, load_suite, probe_extraction
+from workbench import Decoding, load_model, load_suite, probe_extraction
 from workbench.models import TOKENS_PER_BATCH, LanguageModel
 from workbench.suite import passages
 
 PREFIX = SUFFIX = 50
 ROUNDS = 5
+SCHEMES = (Decoding(), Decoding(temperature=0.7), Decoding(top_k=40), Decoding(top_p=0.9))
 
 
 def texts_of(model: LanguageModel, n: int) -> np.ndarray:
@@ -51,6 +53,20 @@ def generated(model: LanguageModel, tokens: np.ndarray, batch: int) -> np.ndarra
         )
         verdicts.append(said[:, PREFIX:].numpy() == tokens[at : at + batch, PREFIX:])
     return np.concatenate(verdicts).all(axis=1)
+
+
+def scheme_costs(model: LanguageModel, tokens: np.ndarray) -> None:
+    """Least processor time of scoring with schemes, over that without, rounds in turn."""
+    asked = {"none": (), **{scheme.name: (scheme,) for scheme in SCHEMES}, "all four": SCHEMES}
+    best = dict.fromkeys(asked, np.inf)
+    for _ in range(ROUNDS):
+        for name, schemes in asked.items():
+            start = time.process_time()
+            model.score(tokens, start=PREFIX, schemes=schemes)
+            best[name] = min(best[name], time.process_time() - start)
+    print(f"  scoring {len(tokens)} texts under schemes, over scoring them alone:")
+    for name, seconds in best.items():
+        print(f"  {name:24s} {seconds:7.3f} s   {seconds / best['none']:5.2f}")
 
 
 def main() -> None:
@@ -89,6 +105,7 @@ def main() -> None:
     for name, seconds in best.items():
         print(f"  {name:24s} {seconds:7.3f} s   probe / it {mine / seconds:5.2f}   "
               f"it / probe {seconds / mine:5.2f}")  # fmt: skip
+    scheme_costs(model, tokens)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,15 @@ import plotly.graph_objects as go
 from workbench.plots.style import COLOURS, GREY, HEIGHT, MARKERS, band, colour, shown, styled
 from workbench.table import METRICS, InputError, validate
 
+UNKNOWN = "#D9D9D9"  # a cell without an estimate must not look like one of 0, which is white
+
 
 def plot_profile(table: pd.DataFrame, *, title: str = "") -> go.Figure:
     """Heat map of ATT(g, t), cohorts down and checkpoints across, white at 0.
 
     Placebo cells stand left of each cohort's black edge, its first exposure. A dot marks a cell
-    whose band includes 0, a cross one without an error. Checkpoints are evenly spaced, whatever
-    lies between them.
+    whose band includes 0, a cross one without an error; grey is no estimate. Checkpoints are evenly
+    spaced, whatever lies between them.
 
     Args:
         table: What ``memorization_profile(by="cell")`` gives.
@@ -32,7 +34,8 @@ def plot_profile(table: pd.DataFrame, *, title: str = "") -> go.Figure:
         )
     if cells.duplicated(["cohort", "step"]).any():
         raise InputError("plot_profile: several rows per (cohort, step); select one stratum")
-    grid = cells.pivot(index="cohort", columns="step", values="value").sort_index()
+    grids = cells.pivot(index="cohort", columns="step", values=["value", "lo", "hi", "n"])
+    grid = grids["value"].sort_index()
     steps, cohorts = list(grid.columns), list(grid.index)
     sizes = cells.groupby("cohort")["n"].max()
     limit = cells["value"].abs().max() or 1.0
@@ -43,8 +46,13 @@ def plot_profile(table: pd.DataFrame, *, title: str = "") -> go.Figure:
             zmax=limit,
             colorscale=[(0, COLOURS[1]), (0.5, "#FFFFFF"), (1, COLOURS[0])],
             colorbar={"title": {"text": METRICS["memorization"].axis, "side": "right"}},
-            customdata=[[[g, s] for s in steps] for g in cohorts],
-            hovertemplate="cohort %{customdata[0]}, step %{customdata[1]}: %{z:.3f}<extra></extra>",
+            customdata=[
+                [[g, s, *(grids[name].loc[g, s] for name in ("lo", "hi", "n"))] for s in steps]
+                for g in cohorts
+            ],
+            hovertemplate="cohort %{customdata[0]}, step %{customdata[1]}: %{z:.3f} "
+            "[%{customdata[2]:.3f}, %{customdata[3]:.3f}], n=%{customdata[4]}<extra></extra>",
+            hoverongaps=False,
             xgap=1,
             ygap=1,
         )
@@ -67,16 +75,18 @@ def plot_profile(table: pd.DataFrame, *, title: str = "") -> go.Figure:
         tickvals=list(range(0, len(steps), every)),
         ticktext=[str(s) for s in steps[::every]],
         tickangle=-90,
+        range=[-0.5, len(steps) - 0.5],
         showgrid=False,
     )
     figure.update_yaxes(
         tickvals=list(range(len(cohorts))),
         ticktext=[f"{g:g} (n={sizes[g]})" for g in cohorts],
-        autorange="reversed",
+        range=[len(cohorts) - 0.5, -0.5],
         showgrid=False,
         zeroline=False,
     )
     return figure.update_layout(
+        plot_bgcolor=UNKNOWN,
         margin={"l": 110, "t": 80, "b": 80},
         showlegend=True,
         legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1, "xanchor": "right"},
@@ -142,8 +152,15 @@ def plot_event_study(table: pd.DataFrame, *, color: str = "group", title: str = 
                     legendgroup=name,
                     showlegend=after,
                     mode="lines+markers",
-                    line={"color": shade, "dash": "solid" if after else "dot"},
-                    marker={"symbol": symbol if after else symbol + "-open", "size": 7},
+                    line={
+                        "color": shade,
+                        "dash": "solid" if after else "dot",
+                        "width": 2 - (not after),
+                    },
+                    marker={
+                        "symbol": symbol if after else symbol + "-open",
+                        "size": 7 if after else 5,
+                    },
                     customdata=line[["lag", "lo", "hi", "n"]].round(4),
                     hovertemplate="lag %{customdata[0]}: %{y:.3f} [%{customdata[1]:.3f}, "
                     "%{customdata[2]:.3f}], n=%{customdata[3]}<extra>" + name + "</extra>",
