@@ -252,6 +252,7 @@ def test_what_is_cached_is_not_trained_again_and_a_killed_experiment_goes_on(mon
         trained.append(run)
         return train(run, *others)
 
+    monkeypatch.setattr(capacity, "CHECKPOINT", -1.0)
     monkeypatch.setattr(capacity, "train_run", once)
     stopping = True
     with pytest.raises(KeyboardInterrupt):
@@ -260,6 +261,8 @@ def test_what_is_cached_is_not_trained_again_and_a_killed_experiment_goes_on(mon
     stopping = False
     table = load_capacity(PAIR, progress=False)
     assert trained == PAIR
+    left = {place.suffix for place in capacity._place(SMALL).parent.iterdir()}
+    assert left == {".parquet", ".lock"}
     pd.testing.assert_frame_equal(load_capacity(PAIR, progress=False), table)
     assert trained == PAIR
 

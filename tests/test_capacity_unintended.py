@@ -77,6 +77,23 @@ def test_two_tokenizers_score_the_same_stretch_of_text():
     assert back == pytest.approx({"i0": 2.0, "i1": 0.0}, abs=1e-5)
 
 
+class Words(Pieces):
+    """Cuts before each space; ``size`` is not asked."""
+
+    def __call__(self, texts, add_special_tokens=True, return_offsets_mapping=False):
+        spans = [[each.span() for each in re.finditer(r"^\S+| \S+", text)] for text in texts]
+        told = {"input_ids": [[len(each) for _ in each] for each in spans]}
+        return told | ({"offset_mapping": spans} if return_offsets_mapping else {})
+
+
+def test_each_text_begins_where_its_own_first_token_ends():
+    # words end at 1, 6 and at 3, 6, 10: scored are 5 letters against a word, 7 against two
+    items = frame(["a bbbb", "ccc dd eee"])
+    letters, words = uniform(4, Pieces(1)), uniform(8, Words(0))
+    got = values(probe_unintended(letters, items, reference=words))
+    assert got == pytest.approx({"i0": 3 - 5 * 2, "i1": 2 * 3 - 7 * 2}, abs=1e-5)
+
+
 def test_a_context_too_short_cuts_both():
     # four letters of context: of "abcdefgh" pairs and letters share the ends 2 and 4 within it
     letters, pairs = uniform(4, Pieces(1)), uniform(8, Pieces(2))

@@ -164,11 +164,42 @@ def test_what_was_found_is_said(half_learned):
     assert found[["i0", "i1", "i2"]].sum() > found[["i30", "i31", "i32"]].sum()
 
 
-def test_a_search_ends_by_itself(half_learned, tmp_path, monkeypatch):
-    # 3 steps a length, 5 tokens the first and the longest: with nothing found it ends after 3
+def test_a_worse_prompt_is_not_taken(half_learned, tmp_path, monkeypatch):
+    # one random replacement a step, most of them worse
     model, _, items = half_learned
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
-    quick(model, items.iloc[:6], target=5, budget=500, patience=3)
+    losses = []
+    for budget in range(2, 40, 4):
+        quick(model, items.iloc[[30]], target=5, budget=budget, candidates=1, choices=40)
+        (file,) = (tmp_path / "compression").iterdir()
+        losses.append(json.loads(file.read_text())["loss"])
+    assert losses == sorted(losses, reverse=True) and losses[0] > losses[-1]
+
+
+def test_first_prompts_of_a_length():
+    rng, allowed = np.random.default_rng(0), np.arange(5, 9)
+    shorter = compression._beginnings([1, 2, 3], 2, allowed, rng)
+    assert shorter.tolist() == [[2, 3], [1, 3], [1, 2]]  # any one token left out
+    longer = compression._beginnings([1, 2], 4, allowed, rng)
+    assert longer.shape == (1, 4) and longer[0, 2:].tolist() == [1, 2]
+    assert set(longer[0, :2]) <= set(allowed)
+    assert compression._beginnings(None, 3, allowed, rng).shape == (1, 3)
+
+
+def test_seeds_search_apart(half_learned):
+    model, _, items = half_learned
+    first, second = (
+        quick(model, items.head(3), target=5, budget=12, seed=seed).attrs["prompts"]
+        for seed in (0, 1)
+    )
+    assert first != second
+
+
+def test_a_search_ends_by_itself(half_learned, tmp_path, monkeypatch):
+    # 9 steps a length, 5 tokens the first and the longest: with nothing found it ends after 9
+    model, _, items = half_learned
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+    quick(model, items.iloc[[0, 1, 2, 3, 30, 31]], target=5, budget=500, patience=9)
     ends = [json.loads(file.read_text()) for file in (tmp_path / "compression").iterdir()]
     assert all(end["done"] and end["step"] < 60 for end in ends)
     found = [end for end in ends if end["found"]]
@@ -178,7 +209,7 @@ def test_a_search_ends_by_itself(half_learned, tmp_path, monkeypatch):
         lengths = [len(prompt) for _, prompt in end["found"]]
         assert lengths == list(range(5, lengths[-1] - 1, -1))
         assert end["length"] == max(lengths[-1] - 1, 1)
-    assert all(end["step"] == 3 for end in ends if not end["found"])
+    assert all(end["step"] == 9 for end in ends if not end["found"])
 
 
 def test_no_length_is_beaten_by_trying_all(half_learned):

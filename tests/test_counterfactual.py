@@ -63,14 +63,14 @@ def test_two_on_each_side_are_enough_and_verdicts_without_spread_have_no_error()
 
 
 def test_what_the_membership_does_not_know_is_left_out_and_counted():
-    table = pd.concat([scores([1.0, 2, 3, 0, np.nan]), scores([1.0, 1], item="stranger")])
+    table = pd.concat([scores([1.0, 2, 3, 0, np.nan]), scores([1.0, 1, np.nan], item="stranger")])
     with pytest.warns(UserWarning) as told:
         got = counterfactual_memorization(table, inside([True, True, False, False, False]))
     assert str(told[0].message) == (
         "counterfactual_memorization: 2 scores left out, of which the membership says nothing; the "
         "first is of stranger in r1"
     )
-    assert got["item"].tolist() == ["a"] and got.attrs == {"dropped": 1, "unknown": 2}
+    assert got["item"].tolist() == ["a"] and got.attrs == {"dropped": 2, "unknown": 2}
     assert (got["n_in"][0], got["n_out"][0], got["value"][0]) == (2, 2, 0.0)
 
 
@@ -190,6 +190,9 @@ def test_agreement_splits_drops_and_says_why_it_is_undefined():
     assert got.loc[("y", "difference"), ["value", "n"]].tolist() == [3.0, 1]
     assert got.loc[("y", "difference"), "reason"] == "one pair: no interval"
     assert got.loc[("x", "correlation"), "reason"].startswith("no correlation: under four pairs")
+    # three points always lie near some line: Fisher's z has no degree of freedom left
+    three = agreement(estimates([1.0, 2, 4]), estimates([1.0, 3, 4])).iloc[1]
+    assert np.isnan(three["value"]) and three["n"] == 3
     same = agreement(estimates([1.0, 2, 3, 4]), estimates([4.0, 3, 2, 1])).iloc[1]
     assert same[["value", "lo", "hi"]].tolist() == pytest.approx([-1.0, -1.0, -1.0])
 
@@ -269,6 +272,21 @@ def test_cached_runs_are_not_trained_again_and_more_are_added(subsets, tiny, mon
     assert asked == []
     load_subsets(tiny.suite, runs=8, progress=False)
     assert asked == ["subset-04", "subset-05", "subset-06", "subset-07"]
+
+
+def test_a_run_that_draws_the_first_of_every_pair_is_the_suites_small_one(tiny, monkeypatch):
+    """To the bit, though that one was trained straight through and this one from the burn-in."""
+    import workbench.subsets as module
+
+    monkeypatch.setattr(
+        module, "draw_subset", lambda number, pairs, seed: np.full(pairs, number > 0)
+    )
+    found = load_subsets(tiny.suite, runs=4, progress=False)
+    for step in (8, 16):
+        file = f"step{step:06d}/model.safetensors"
+        small = (tiny.suite.path / "small" / file).read_bytes()
+        assert (found.path / "subset-00" / file).read_bytes() == small
+        assert (found.path / "subset-01" / file).read_bytes() != small
 
 
 def test_too_few_or_odd_runs_are_refused(tiny):

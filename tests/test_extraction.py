@@ -238,6 +238,13 @@ def test_strength_of_texts_of_unlike_lengths():
     assert set(table["prefix"]) == {2}
 
 
+def test_strength_of_what_is_left_when_texts_are_dropped():
+    with pytest.warns(UserWarning, match="^probe_strength: dropped 1 of 3 texts"):
+        table = probe_strength(reciter(), frame(["3 9", "3 4 5 6", "3 4 9"]), prefix=2)
+    assert wide(table)["extraction_strength"].to_dict() == {"i1": 1, "i2": 0}
+    assert table.attrs["dropped"] == 1
+
+
 def test_strength_is_the_shortest_prompt_that_greedy_decoding_goes_on_from(half_learned):
     # the definition: try every prompt, from the shortest on
     model, texts, items = half_learned
@@ -279,22 +286,26 @@ def test_bleu_by_hand():
     got = bleu(np.array([1, 2, 9, 4, 5, 6]), truth)
     assert got == pytest.approx((5 / 6 * 3 / 5 * 1 / 4 * 0.1 / 3) ** 0.25)
     assert bleu(truth, truth) == 1 and bleu(truth + 10, truth) == 0
+    # all of what is said is right, but it is short of the six by a third: e^(1 - 6/4)
+    assert bleu(truth[:4], truth) == pytest.approx(np.exp(-0.5))
     assert np.isnan(bleu(truth[:3], truth[:3]))
 
 
 def test_continuation_by_hand():
     # counts upwards. 3 4 | 5 6 7 8: all. 3 4 | 6 7 8 9: says 5 6 7 8, no position, one deletion
     # and one insertion in four. 3 4 | 5 9 10 11: says 5 6 7 8, the first position alone, although
-    # three of four are right under teacher forcing.
-    items = frame(["3 4 5 6 7 8", "3 4 6 7 8 9", "3 4 5 9 10 11"])
+    # three of four are right under teacher forcing. 3 4 | 5 9 7 8: all but the second.
+    items = frame(["3 4 5 6 7 8", "3 4 6 7 8 9", "3 4 5 9 10 11", "3 4 5 9 7 8"])
     table = probe_continuation(reciter(), items, prefix=2, suffix=4)
     got = wide(table)
-    assert got["extractable"].to_list() == [1, 0, 0]
-    assert got["memorization_score"].to_list() == [1, 0, 0.25]
-    assert got["edit_similarity"].to_list() == [1, 0.5, 0.25]
-    # 3 of 4 tokens, 2 of 3 pairs, 1 of 2 triples, no four; 1 of 4 and .1 of 3, 2 and 1
-    want = [1, (3 / 4 * 2 / 3 * 1 / 2 * 0.1) ** 0.25, (1 / 4 * 0.1 / 3 * 0.1 / 2 * 0.1) ** 0.25]
-    np.testing.assert_allclose(got["bleu"], want)
+    assert got["extractable"].to_list() == [1, 0, 0, 0]
+    assert got["memorization_score"].to_list() == [1, 0, 0.25, 0.75]
+    assert got["edit_similarity"].to_list() == [1, 0.5, 0.25, 0.75]
+    # 3 of 4 tokens, 2 of 3 pairs, 1 of 2 triples, no four; 1 of 4 and .1 of 3, 2 and 1; 3 of 4, one
+    # pair of 3, and none of the longer
+    powers = [1, 3 / 4 * 2 / 3 * 1 / 2 * 0.1, 1 / 4 * 0.1 / 3 * 0.1 / 2 * 0.1]
+    powers.append(3 / 4 * 1 / 3 * 0.1 / 2 * 0.1)
+    np.testing.assert_allclose(got["bleu"], np.power(powers, 0.25))
     assert set(table["prefix"]) == {2} and set(table["suffix"]) == {4}
     assert table.attrs["passport"]["items"] and table.attrs["dropped"] == 0
 

@@ -195,6 +195,12 @@ def test_a_graded_score_foretells_before_anything_is_memorized():
     got = got.set_index("metric").loc["average_precision"]
     assert got["value"] == pytest.approx(5 / 6) and got["n"] == 10
     assert got["lo"] < 5 / 6 <= got["hi"] == 1
+    # each draw of items has its own memorized ones
+    drawn = np.random.default_rng([0, 32]).multinomial(10, np.full(10, 0.1), size=200)
+    true = np.arange(10) < 2
+    again = [np.repeat(np.arange(10), each) for each in drawn]
+    again = [average_precision_score(true[some], score[some]) for some in again if true[some].any()]
+    np.testing.assert_allclose(got[["lo", "hi"]].tolist(), np.quantile(again, [0.025, 0.975]))
 
 
 def test_items_without_both_are_counted():
@@ -361,6 +367,7 @@ def test_exposures_are_drawn_between_chance_and_ceiling():
     points = {t.name: t for t in figure.data if t.name}
     assert list(points["k"].y) == [1.0, 2.0] and list(points["l"].y) == [3.0]
     assert list(points["k"].marker.symbol) == ["circle", "triangle-up"]
+    assert list(points["l"].marker.symbol) == ["circle"]  # 4 bits at most are an end, not none
     # doses 0 and 4 at places 0 and 1; kind k in the left half of each
     np.testing.assert_allclose(points["k"].x, [-0.19, 0.81])
     assert points["k"].customdata[1][0] == "<a>" or points["k"].customdata[1][0] == "&lt;a&gt;"

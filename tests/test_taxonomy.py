@@ -40,6 +40,8 @@ from workbench.table import InputError, rows, validate
         ("no, yes, no, yes,", ""),  # twice is no template
         ("no no", ""),
         ("1 2", ""),
+        ("116 117 118 119 x y", ""),  # x is the letter of number 120
+        ("7 1 1 1 1 1", ""),  # four of five places agree, and nothing grows
         ("2 4 8 16 32 64", ""),  # grows, but by more each time
         ("the cat sat on the mat and then it left", ""),
         ("", ""),
@@ -168,7 +170,9 @@ def test_models_by_class_against_a_plain_route(many):
 
     table, features, value, dose = many
     got = validate(predict_by_class(table, features, draws=40, seed=3))
-    quality = got[got["metric"] != "coefficient"].set_index(["taxon", "predictor", "metric"])
+    quality = (
+        got[got["metric"] != "coefficient"].set_index(["taxon", "predictor", "metric"]).sort_index()
+    )
     x = features[["dose", "length"]].to_numpy()
     cut = StratifiedKFold(5, shuffle=True, random_state=3)
 
@@ -202,6 +206,15 @@ def test_models_by_class_against_a_plain_route(many):
     assert (at["lo"] < at["value"]).all() and (at["value"] < at["hi"]).all()
     # a bootstrap over texts: the standard error of an AUC of 300 texts is about .025
     assert (at.loc["auc", "hi"] - at.loc["auc", "lo"]) == pytest.approx(0.1, abs=0.04)
+    # a class of four texts has no model: in the whole they have their base rate
+    four = np.arange(300) < 4
+    table = table.assign(taxon=np.where(four, "reconstruction", table["taxon"].astype(str)))
+    again = predict_by_class(table, features, draws=5, seed=3)
+    again = again.set_index(["taxon", "predictor", "metric"])["value"]
+    stitched[four] = value[four].mean()
+    for some in (recited & ~four, ~recited & ~four):
+        stitched[some] = foretold(some)
+    np.testing.assert_allclose(again["all", "by class", "auc"], roc_auc_score(value, stitched))
     # no reconstruction among these texts
     gone = quality.loc["reconstruction"]
     assert gone["value"].isna().all()

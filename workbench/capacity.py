@@ -96,7 +96,7 @@ def capacity_runs(size: str = "default") -> list[Run]:
 
     Args:
         size: ``mini`` (two toy models, half a minute on two cores), ``default`` (5,000 and 11,500
-            parameters, minutes), ``full`` (five widths up to 29,000 parameters and four times the
+            parameters, a quarter of an hour), ``full`` (five widths up to 29,000 parameters and four times the
             updates: a night).
 
     Raises:
@@ -283,7 +283,6 @@ def train_run(
         until = half if at["fork"] is not None and at["half"] is None else run.updates
         update = trainer.update + 1
         trainer.learning_rate = rate(run, update, until)
-        trainer.module.train()
         try:
             trainer.step(stream(update))
         except FloatingPointError as error:
@@ -301,7 +300,6 @@ def train_run(
 
 
 def _held(model: LanguageModel, tokens: np.ndarray, run: Run) -> float:
-    model.module.eval()
     # the first id is context: what is scored are all tokens that were drawn
     scores = model.score(tokens, start=1, keep=("log_probability",))
     return memorized_bits(scores.log_probability, run.vocabulary)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from workbench.plots.truth import plot_coverage
 from workbench.probes.extraction import probe_extraction
@@ -54,8 +55,11 @@ def compare(base: pd.DataFrame, twin: pd.DataFrame, seed: int) -> pd.DataFrame:
         effects = profile[(profile["metric"] == "memorization") & profile["lag"].isin(GEOMETRIC)]
         cells = compare_with_truth(effects, truth, panel=outcome, on=CELL, strata=["kind"])
         parts.append(cells.assign(interval=quantile, seed=seed))
-    difference = parts[-1].assign(interval="difference", se=parts[-1]["se_difference"])
-    return pd.concat([*parts, difference.assign(covered=difference["inside"])])
+    last = parts[-1]
+    half = stats.t.ppf(0.975, last["freedom"]) * last["se_difference"]
+    ends = {"lo": last["estimate"] - half, "hi": last["estimate"] + half}
+    difference = last.assign(interval="difference", se=last["se_difference"], **ends)
+    return pd.concat([*parts, difference.assign(covered=last["inside"])])
 
 
 def controls(base: pd.DataFrame, twin: pd.DataFrame, seed: int) -> pd.DataFrame:

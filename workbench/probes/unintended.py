@@ -162,6 +162,5 @@ def _token_ends(model: LanguageModel, texts: list[str]) -> list[dict[int, int]]:
         ) from None
     # of a character that takes several tokens the last one counts: a later k replaces an earlier
     return [
-        {int(end): k for k, (_, end) in enumerate(offsets, 1) if end}
-        for offsets in told["offset_mapping"]
+        {int(end): k for k, (_, end) in enumerate(offsets, 1)} for offsets in told["offset_mapping"]
     ]

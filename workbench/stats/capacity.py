@@ -39,7 +39,8 @@ def fit_capacity(table: pd.DataFrame, *, level: float = LEVEL) -> pd.DataFrame:
         runs; and ``plateau_trend``, the share by which what is memorized changes when the data
         double, by least squares over the same runs (0 on a plateau). ``bound`` is empty, or says
         why the capacity is only a lower bound: the runs gain more than 1 % from doubling the
-        updates, or memorize less of more data. NaN with a reason where no data set fills the model.
+        updates, or they memorize less of more data (which longer training would mend), or still
+        more. NaN with a reason where no data set fills the model.
 
     Raises:
         InputError: ``level`` outside 0 to 1, not the table of ``load_capacity``, or a model that
@@ -179,6 +180,8 @@ def _bound(gain: Float[np.ndarray, " run"], trend: dict) -> str:
         return f"lower bound: doubling the updates still gained {np.nanmean(gain):.1%}"
     if trend.get("hi", 0.0) < 0 and trend["value"] < -TOLERANCE:
         return f"lower bound: doubling the data lost {-trend['value']:.1%}"
+    if trend.get("lo", 0.0) > 0 and trend["value"] > TOLERANCE:
+        return f"lower bound: doubling the data still gained {trend['value']:.1%}"
     return ""
 
 
