@@ -174,38 +174,6 @@ def test_aggregates_agree_with_the_loop(holes, control, by):
         np.testing.assert_allclose(row["se"].item(), error, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("control", ["never", "not_yet"])
-def test_agrees_with_a_peer_package(control):
-    # differences 0.3.0 (doubly robust Callaway & Sant'Anna, here without covariates), where it is
-    # installed; it numbers aggregates event, cohort, time, simple.
-    differences = pytest.importorskip("differences")
-    table = staggered(7, sizes=(30, 40, 50, 60))
-    # a peer wants consecutive periods: checkpoints 2, 5, 6, 9, 14, 15, 30 are 1 to 7
-    period = {s: i for i, s in enumerate([2, 5, 6, 9, 14, 15, 30], start=1)}
-    table["step"] = table["step"].map(period)
-    table["cohort"] = table["cohort"].map({6: 3, 8: 4, 15: 6})
-    wide = table.rename(columns={"item": "entity", "step": "time"})
-    wide["entity"] = pd.factorize(wide["entity"])[0]
-    peer = differences.ATTgt(wide.set_index(["entity", "time"])[["value", "cohort"]], "cohort")
-    want = peer.fit("value", control_group=f"{control}_treated", progress_bar=False).to_pandas()
-    got = memorization_profile(table, control=control, simultaneous=False)
-    got = got.sort_values(["cohort", "step"])
-    np.testing.assert_allclose(
-        got[["value", "se"]], want.to_numpy()[:, :2].astype(float), atol=1e-9
-    )
-    for by, theirs in (
-        ("lag", "event"),
-        ("cohort", "cohort"),
-        ("step", "time"),
-        ("overall", "simple"),
-    ):
-        got = memorization_profile(table, by=by, control=control, simultaneous=False)
-        want = peer.aggregate(theirs)
-        np.testing.assert_allclose(
-            got[["value", "se"]], want.to_numpy()[:, :2].astype(float), atol=1e-9
-        )
-
-
 # --- by hand --------------------------------------------------------------------------------------
 
 

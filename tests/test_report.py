@@ -258,7 +258,7 @@ def test_each_key_number_leads_to_its_measure_and_its_floor(tmp_path):
     assert found[0]["where"] == "r, step 7"
     measures = {row["metric"]: row for row in page.measure_rows(found)}
     assert list(measures) == ["top1", "auc"]
-    assert measures["auc"]["range"] == "0 to 1" and measures["auc"]["chance"] == "0.500"
+    assert measures["auc"]["range"] == "0 to 1" and measures["auc"]["chance"] == "0.5"
     assert measures["top1"]["chance"].startswith("depends on the text")
     assert measures["auc"]["sign"] == "higher is more" and "DeLong" in measures["auc"]["source"]
 

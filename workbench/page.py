@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from workbench.table import METRICS
+from workbench.table import METRICS, Metric
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 PLOTLY = "application/vnd.plotly.v1+json"
@@ -261,14 +261,18 @@ def measure_rows(key: Sequence[Mapping]) -> list[dict]:
                 "formula": metric.formula,
                 "unit": metric.unit,
                 "range": "unbounded" if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}",
-                "chance": "depends on the text: see the controls"
-                if metric.chance is None
-                else number(metric.chance),
+                "chance": _at_chance(metric),
                 "sign": better[metric.better],
                 "source": metric.source,
             }
         )
     return found
+
+
+def _at_chance(metric: Metric) -> str:
+    if metric.chance is None:
+        return "depends on the text: see the controls" if metric.better else ""
+    return f"{metric.chance:g}"
 
 
 def number(value: float | None) -> str:
