@@ -39,6 +39,8 @@ def test_a_share_that_is_no_verdict_has_students_interval_cut_to_its_range():
     mean, low, high = floor_zone(np.array([0.0, 0.1, 0.2]), 1, metric="top1")
     half = stats.t.ppf(0.975, 2) * 0.1 * np.sqrt(1 + 1 / 3)
     assert (mean, low, high) == pytest.approx((0.1, 0.0, 0.1 + half))
+    # nor does it become one where no control has a token right
+    assert floor_zone(np.zeros(9), 3, metric="top1") == (0.0, 0.0, 0.0)
 
 
 def test_too_few_controls():

@@ -11,6 +11,8 @@ from scipy import stats
 
 from workbench.table import METRICS, InputError, validate
 
+VERDICT = "share of items"  # the unit of metrics that say yes or no of an item
+
 
 def add_floor(
     summary: pd.DataFrame,
@@ -24,7 +26,7 @@ def add_floor(
 
     The zone is the prediction interval for a mean of ``n`` further texts drawn like the controls:
     with m controls of standard deviation s it is ``mean -+ t * s * sqrt(1 / n + 1 / m)``, Student's
-    t at m - 1. A share of verdicts (all 0 or 1) has the beta-binomial quantiles of Jeffreys' prior
+    t at m - 1. A share of items (verdicts, all 0 or 1) has the beta-binomial quantiles of Jeffreys' prior
     in its place, which are multiples of the resolution ``1 / n`` and do not shrink to a point where
     no control was ever right. A number inside the zone is no evidence of memory. The zone takes
     texts as independent; controls that share a template and were raised with it stand higher, as
@@ -87,7 +89,8 @@ def floor_zone(
         return (float(control.mean()) if len(control) else np.nan), np.nan, np.nan
     low, high = METRICS[metric].low, METRICS[metric].high
     mean = float(control.mean())
-    if (low, high) == (0.0, 1.0) and np.isin(control, (0.0, 1.0)).all():
+    # a share of an item's tokens may be 0 for all controls and is no verdict for that
+    if METRICS[metric].unit == VERDICT and np.isin(control, (0.0, 1.0)).all():
         right = control.sum()
         law = stats.betabinom(n, right + 0.5, len(control) - right + 0.5)
         return mean, float(law.ppf((1 - level) / 2)) / n, float(law.ppf((1 + level) / 2)) / n
