@@ -475,13 +475,25 @@ def test_clusters_by_hand():
         )
 
 
+def test_a_cluster_counts_while_one_of_its_items_is_seen():
+    # documents 1 (a, b) and 2 (g, h) make up the cohort; h was not scored at step 10
+    values = dict(a=(1, 2), b=(1, 3), g=(1, 2), h=(1, None), c=(1, 1.5), d=(1, 1), e=(1, 2))
+    table = panel(values, [5, 10], dict(a=7, b=7, g=7, h=7))
+    table["doc"] = table["item"].map(dict(a=1, b=1, g=2, h=2, c=3, d=4, e=5))
+    got = memorization_profile(table, cluster="doc").iloc[0]
+    # changes 1, 2 | 1 less 4 / 3 over 3: (1 / 3) / 3 and (-1 / 3) / 3; controls 0, -.5, .5 over 3
+    np.testing.assert_allclose(got["se"], np.sqrt(2 / 81 + 0.5 / 9))
+    assert got["reason"] == "" and got["n"] == 3
+
+
 @pytest.mark.parametrize("holes", [0.0, 0.1])
 def test_each_item_its_own_cluster_is_no_cluster(holes):
     table = staggered(8, holes=holes, sizes=(9, 9, 9, 9))
     alone = table.assign(own=table["item"])
     for by in BY:
-        want = memorization_profile(table, by=by)
-        pd.testing.assert_frame_equal(memorization_profile(alone, by=by, cluster="own"), want)
+        want = memorization_profile(table, by=by, simultaneous=False)
+        got = memorization_profile(alone, by=by, cluster="own", simultaneous=False)
+        pd.testing.assert_frame_equal(got, want)
 
 
 @pytest.mark.parametrize("holes", [0.0, 0.1])
@@ -859,6 +871,16 @@ def test_pretrend_without_placebo_cells_gives_a_reason():
     assert got["reason"][0] == (
         "no placebo cell with a standard error: too few checkpoints before the exposures"
     )
+
+
+def test_no_draw_beyond_a_pretrend_is_one_in_all_and_one_more():
+    # a pre-trend far beyond every draw: p = 1 / (1 + 199), never 0
+    table = simulate(0, 0.0)
+    table["value"] += 9.0 * ((table["step"] >= 4) & table["cohort"].notna())
+    got = pretrend_test(table, draws=199)
+    assert got["value"].iloc[2] == 1 / 200
+    # and without one the share of draws beyond it, which is not small
+    assert pretrend_test(simulate(0, 0.0), draws=199)["value"].iloc[2] > 0.05
 
 
 def test_signs_are_rademacher():

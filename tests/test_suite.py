@@ -208,11 +208,11 @@ def test_the_twin_is_the_run_that_was_never_forked(tiny):
     # trained from the start with the partners planted, it must come out the same to the bit
     import torch
 
-    from workbench.suite import _new_module
+    from workbench.suite import new_module
     from workbench.training import Trainer
 
     with torch.random.fork_rng():
-        trainer = Trainer(_new_module(TINY, "twin"), TINY.learning_rate, TINY.warmup)
+        trainer = Trainer(new_module(TINY, "twin"), TINY.learning_rate, TINY.warmup)
     trainer.module.train()
     for batch in batches(tiny.suite, "twin"):
         trainer.step(batch)

@@ -304,3 +304,7 @@ def test_any_table_survives_save_and_load(tmp_path_factory, data):
     table = validate(rows("top1", list(values), run="r", step=list(steps), item=list(items)))
     back = load(save(table, tmp_path_factory.mktemp("h") / "t.parquet"))
     pd.testing.assert_frame_equal(back, table, check_categorical=False)
+
+
+def test_every_metric_says_its_formula_and_source():
+    assert [key for key, metric in METRICS.items() if not metric.formula or not metric.source] == []

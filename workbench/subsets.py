@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from workbench.suite import Architecture, Specification, Suite, _new_module, _save_step
+from workbench.suite import Architecture, Specification, Suite, new_module, save_step
 from workbench.table import InputError, cache_folder, whole_file, whole_folder
 
 VERSION = 1  # raise it when the same suite gives other numbers
@@ -154,7 +154,7 @@ def _train(suite: Suite, folder: Path, missing: list[str], progress: bool) -> No
         bar.update()
 
     with torch.random.fork_rng():
-        trainer = Trainer(_new_module(spec, "small"), spec.learning_rate, spec.warmup)
+        trainer = Trainer(new_module(spec, "small"), spec.learning_rate, spec.warmup)
         train(trainer, stream, until=shared, progress=note)
         fork = trainer.state()
         for run in missing:
@@ -172,7 +172,7 @@ def _train(suite: Suite, folder: Path, missing: list[str], progress: bool) -> No
                     exposures=exposures.assign(item=exposures["item"].map(planted)),
                     texts={n: np.asarray(t) for n, t in zip(items["item"], ids, strict=True)},
                     stops=_steps(suite.spec),
-                    at_stop=lambda step, at=unfinished: _save_step(
+                    at_stop=lambda step, at=unfinished: save_step(
                         trainer.module, at / f"step{step:06d}"
                     ),
                     progress=note,

@@ -511,7 +511,7 @@ def _train_run(run, plan, exposures, made, bar, *, fork_at=None, forked=None) ->
     from workbench.training import Trainer, train
 
     spec, folder = plan["spec"], plan["folder"] / run
-    trainer = Trainer(_new_module(spec, run), spec.learning_rate, spec.warmup)
+    trainer = Trainer(new_module(spec, run), spec.learning_rate, spec.warmup)
     plan["tokenizer"].save_pretrained(folder)
     losses, forks = [], []
     bar.set_description(f"training {run}")
@@ -523,7 +523,7 @@ def _train_run(run, plan, exposures, made, bar, *, fork_at=None, forked=None) ->
 
     def stop(step: int) -> None:
         if step in spec.steps:
-            _save_step(trainer.module, folder / f"step{step:06d}")
+            save_step(trainer.module, folder / f"step{step:06d}")
         if step == fork_at:
             forks.append(trainer.state())
 
@@ -549,7 +549,8 @@ def _train_run(run, plan, exposures, made, bar, *, fork_at=None, forked=None) ->
     return forks[0] if forks else None
 
 
-def _new_module(spec: Specification, run: str):
+def new_module(spec: Specification, run: str):
+    """A fresh GPT-NeoX of the run's size; one seed gives the same weights on any device."""
     import torch
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -573,7 +574,8 @@ def _new_module(spec: Specification, run: str):
     return module.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _save_step(module, folder: Path) -> None:
+def save_step(module, folder: Path) -> None:
+    """Write a checkpoint's configuration and weights, without a tokenizer."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)

@@ -23,7 +23,19 @@ COLUMNS = ("run", "step", "group", "item", "metric", "value", "lo", "hi", "n")
 TEXT = ("run", "group", "item", "metric")
 FLOOR = ("floor", "floor_lo", "floor_hi")  # what texts without memory give, see stats.floors
 BOOTSTRAP = ("lo_bootstrap", "hi_bootstrap")  # a second interval beside lo and hi
-BESIDE_VALUE = ("value", "lo", "hi", "n", "n_in", "n_out", "n_control", "se", "reason", *FLOOR, *BOOTSTRAP)
+BESIDE_VALUE = (
+    "value",
+    "lo",
+    "hi",
+    "n",
+    "n_in",
+    "n_out",
+    "n_control",
+    "se",
+    "reason",
+    *FLOOR,
+    *BOOTSTRAP,
+)
 VERSION = 1  # of the file layout; load() refuses others by name
 PASSPORT_KEY = b"workbench.passport"
 
@@ -67,9 +79,13 @@ ORHAN = "Orhan (2023), Recognition, recall, and retention of few-shot memories"
 MERULLO = "Merullo et al. (2025), From memorization to reasoning in the spectrum of loss curvature"
 HAYES = "Hayes et al. (2024), Measuring memorization through probabilistic discoverable extraction"
 COOPER = "Cooper et al. (2025), Extracting memorized pieces of (copyrighted) books from open-weight language models"
-FALSE_SENSE = "Ippolito et al. (2023), Preventing verbatim memorization gives a false sense of privacy"
+FALSE_SENSE = (
+    "Ippolito et al. (2023), Preventing verbatim memorization gives a false sense of privacy"
+)
 SECRET = "Carlini et al. (2019), The secret sharer"
-SCHWARZSCHILD = "Schwarzschild et al. (2024), Rethinking LLM memorization through adversarial compression"
+SCHWARZSCHILD = (
+    "Schwarzschild et al. (2024), Rethinking LLM memorization through adversarial compression"
+)
 PRASHANTH = "Prashanth et al. (2024), Recite, reconstruct, recollect"
 BURNHAM = "Burnham & Anderson (2002), Model selection and multimodel inference"
 MORRIS = "Morris et al. (2025), How much do language models memorize?"
@@ -283,6 +299,7 @@ METRICS: dict[str, Metric] = {
         0.5,
         "",
         "Das, Zhang & Tramer (2024), Blind baselines beat membership inference attacks",
+        formula="out-of-fold log-odds of a bag of words with logistic regression",
     ),
     "auc": Metric(
         "membership AUC", "", 0.0, 1.0, 0.5, "high", "DeLong et al. (1988), Comparing areas",
@@ -296,9 +313,11 @@ METRICS: dict[str, Metric] = {
         0.5,
         "high",
         "McClish (1989), Analyzing a portion of the ROC curve",
+        formula="area below the false positive rate, scaled so that chance is ½ and perfect 1 (McClish)",
     ),
     "auc_gain": Metric(
-        "membership AUC beyond a blind bag of words", "", -1.0, 1.0, 0.0, "high", "Das et al. (2024)"
+        "membership AUC beyond a blind bag of words", "", -1.0, 1.0, 0.0, "high", "Das et al. (2024)",
+        formula="AUC of the attack − AUC of the blind baseline",
     ),
     "dose_concordance": Metric(
         "pairs of texts in the order of their exposures",
@@ -308,6 +327,7 @@ METRICS: dict[str, Metric] = {
         0.5,
         "high",
         "Jonckheere (1954), A distribution-free k-sample test against ordered alternatives",
+        formula="P(the text with more exposures scores higher) + ½ P(equal), over pairs of different exposures",
     ),
     "tpr_at_fpr": Metric(
         "true positive rate at the false positive rate",
@@ -484,12 +504,16 @@ METRICS: dict[str, Metric] = {
         formula="band energy of memorized texts / of clean texts",
     ),
     # exposure, guesses, compression, prediction, life lines
-    "exposure": Metric("exposure", "bits", 0.0, None, 1.4427, "high", SECRET),
+    "exposure": Metric("exposure", "bits", 0.0, None, 1.4427, "high", SECRET,
+        formula="log2 candidates − log2 rank, the text counted among them",
+    ),
     "exposure_extrapolated": Metric(
-        "exposure by the fitted tail", "bits", 0.0, None, 1.4427, "high", SECRET
+        "exposure by the fitted tail", "bits", 0.0, None, 1.4427, "high", SECRET,
+        formula="−log2 of the skew-normal tail, fitted to the decoys, beyond the text",
     ),
     "fit_distance": Metric(
-        "Kolmogorov-Smirnov distance of the fit", "", 0.0, 1.0, None, "low", SECRET
+        "Kolmogorov-Smirnov distance of the fit", "", 0.0, 1.0, None, "low", SECRET,
+        formula="Kolmogorov-Smirnov distance of the decoys from the fitted skew-normal",
     ),
     "guess_log_probability": Metric(
         "log-probability of the model's own continuation",
@@ -499,29 +523,49 @@ METRICS: dict[str, Metric] = {
         None,
         "high",
         "Carlini et al. (2021), Extracting training data from large language models",
+        formula="(1/n) Σ log p of the model's own greedy continuation",
     ),
-    "precision": Metric("precision", "share of guesses", 0.0, 1.0, None, "high", BIDERMAN),
-    "recall": Metric("recall", "share of targets", 0.0, 1.0, None, "high", BIDERMAN),
-    "f1": Metric("F1", "", 0.0, 1.0, None, "high", BIDERMAN),
-    "base_rate": Metric("base rate", "share of items", 0.0, 1.0, None, "", BIDERMAN),
-    "average_precision": Metric("average precision", "", 0.0, 1.0, None, "high", OURS),
+    "precision": Metric("precision", "share of guesses", 0.0, 1.0, None, "high", BIDERMAN,
+        formula="foretold and memorized / foretold",
+    ),
+    "recall": Metric("recall", "share of targets", 0.0, 1.0, None, "high", BIDERMAN,
+        formula="foretold and memorized / memorized",
+    ),
+    "f1": Metric("F1", "", 0.0, 1.0, None, "high", BIDERMAN,
+        formula="2 precision · recall / (precision + recall)",
+    ),
+    "base_rate": Metric("base rate", "share of items", 0.0, 1.0, None, "", BIDERMAN,
+        formula="memorized / all texts",
+    ),
+    "average_precision": Metric("average precision", "", 0.0, 1.0, None, "high", OURS,
+        formula="mean over the right ones of precision at their rank",
+    ),
     "recall_at_errors": Metric(
-        "recall before the allowed errors are spent", "share of targets", 0.0, 1.0, None, "high", OURS
+        "recall before the allowed errors are spent", "share of targets", 0.0, 1.0, None, "high", OURS,
+        formula="right guesses above the N-th wrong one / all targets",
     ),
     "compression_ratio": Metric(
-        "adversarial compression ratio", "target per prompt token", 0.0, None, None, "high", SCHWARZSCHILD
+        "adversarial compression ratio", "target per prompt token", 0.0, None, None, "high", SCHWARZSCHILD,
+        formula="tokens of the text / tokens of the shortest prompt found that elicits it greedily",
     ),
     "prompt_tokens": Metric(
-        "shortest prompt found", "tokens", 1.0, None, None, "low", SCHWARZSCHILD
+        "shortest prompt found", "tokens", 1.0, None, None, "low", SCHWARZSCHILD,
+        formula="tokens of the shortest prompt found that elicits the text greedily",
     ),
     "compressible": Metric(
-        "elicited by a prompt shorter than itself", "share of items", 0.0, 1.0, None, "high", SCHWARZSCHILD
+        "elicited by a prompt shorter than itself", "share of items", 0.0, 1.0, None, "high", SCHWARZSCHILD,
+        formula="1 if a prompt shorter than the text was found within the budget, else 0",
     ),
     "coefficient": Metric(
-        "logistic coefficient", "log-odds per standard deviation", None, None, 0.0, "", PRASHANTH
+        "logistic coefficient", "log-odds per standard deviation", None, None, 0.0, "", PRASHANTH,
+        formula="change of the log-odds of being memorized for one standard deviation of the feature",
     ),
-    "class_share": Metric("share of the memorized texts", "share", 0.0, 1.0, None, "", PRASHANTH),
-    "event_step": Metric("checkpoint that first shows it", "updates", 0.0, None, None, "", OURS),
+    "class_share": Metric("share of the memorized texts", "share", 0.0, 1.0, None, "", PRASHANTH,
+        formula="memorized texts of the class / memorized texts",
+    ),
+    "event_step": Metric("checkpoint that first shows it", "updates", 0.0, None, None, "", OURS,
+        formula="first checkpoint at which the event is seen",
+    ),
 }  # fmt: skip
 
 

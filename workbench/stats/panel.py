@@ -88,7 +88,7 @@ def read_panel(
     cohorts, which = np.unique(cohort, return_inverse=True)
     first_step, excluded = _initial(cohorts, steps, asker) if exclude_initial else (0, [])
     kept = len(excluded)  # cohorts ascend, so the early ones come first
-    number = _clusters(table, cluster, item, names, which, kept, asker)
+    number = _clusters(table, cluster, item, names, asker)
     order = np.argsort(which, kind="stable") if number is None else np.lexsort((number, which))
     starts = np.append(np.searchsorted(which[order], np.arange(len(cohorts))), len(order))
     lag, settled = _lags(table, which, item, step, cohorts, steps, asker)
@@ -254,28 +254,24 @@ def _initial(cohorts: np.ndarray, steps: np.ndarray, asker: str) -> tuple[int, l
 
 
 def _clusters(
-    table: pd.DataFrame,
-    cluster: str | None,
-    item: np.ndarray,
-    names: np.ndarray,
-    which: np.ndarray,
-    kept: int,
-    asker: str,
+    table: pd.DataFrame, cluster: str | None, item: np.ndarray, names: np.ndarray, asker: str
 ) -> Int[np.ndarray, " item"] | None:
-    """Number the clusters, those of the first kept cohort first, each cohort's by name."""
+    """Which cluster each item is in, numbered by name."""
     if cluster is None:
         return None
     code, clusters = _codes(table[cluster], asker)
     number = np.empty(len(names), dtype=np.int64)
-    number[item] = code
-    wrong = np.flatnonzero(number[item] != code)
-    if len(wrong):
-        first = item[wrong[0]]
-        told = " and ".join(map(str, clusters[np.unique(code[item == first])]))
-        raise InputError(f"{asker}: item {names[first]} is in {cluster} {told}; an item is in one")
-    home = np.full(len(clusters), which.max() + 1)
-    np.minimum.at(home, number[which >= kept], which[which >= kept])
-    return np.argsort(np.argsort(home, kind="stable"))[number]
+    for part in _parts(len(code)):
+        number[item[part]] = code[part]
+    for part in _parts(len(code)):
+        wrong = np.flatnonzero(number[item[part]] != code[part])
+        if len(wrong):
+            first = item[part][wrong[0]]
+            told = " and ".join(map(str, clusters[np.unique(code[item == first])]))
+            raise InputError(
+                f"{asker}: item {names[first]} is in {cluster} {told}; an item is in one"
+            )
+    return number
 
 
 def _spread_out(
