@@ -211,7 +211,10 @@ def test_load_refusals(tmp_path):
         load(text)
     with pytest.raises(InputError) as error:
         load(plain)
-    assert str(error.value) == f"load: {plain} carries no passport, so it was not written by save()"
+    assert str(error.value) == (
+        f"load: {plain} carries no passport, so it was not written by save(); read a panel from "
+        "elsewhere with pandas.read_parquet and hand that on"
+    )
     with pytest.raises(InputError) as error:
         load(future)
     assert str(error.value) == (f"load: {future} has layout version 99, this is 1; make it again")

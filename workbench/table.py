@@ -736,7 +736,10 @@ def load(path: str | Path) -> pd.DataFrame:
         raise InputError(f"load: {path} is not a whole Parquet file ({reason})") from None
     note = (data.schema.metadata or {}).get(PASSPORT_KEY)
     if note is None:
-        raise InputError(f"load: {path} carries no passport, so it was not written by save()")
+        raise InputError(
+            f"load: {path} carries no passport, so it was not written by save(); read a panel from "
+            "elsewhere with pandas.read_parquet and hand that on"
+        )
     passport = json.loads(note)
     if passport.get("version") != VERSION:
         raise InputError(

@@ -67,7 +67,7 @@ def blind_baseline(
         by DeLong's method, paired for the gain, with the blind part's variance once more: a text
         is tested once and trains the model that tests the others, and both move the area alike (in
         simulations from no to strong signal DeLong's alone covers 79 to 88 % of the time, this 91
-        to 95). NaN with a reason. ``.attrs["says"]`` is a sentence on each comparison.
+        to 97). NaN with a reason. ``.attrs["says"]`` is a sentence on each comparison.
 
     Raises:
         InputError: Unknown columns, items without text, ``folds`` below 2 or ``repeats`` below 1.
