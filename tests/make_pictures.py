@@ -13,7 +13,7 @@ from playwright.sync_api import sync_playwright
 
 PICTURE = Path(__file__).parent.parent / "data" / "pictures" / "report.png"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-FIGURE = 4  # counted from 0: the event study of real passages, with the prose on how to read it
+FIGURE = 5  # counted from 0: the event study of real passages, with the prose on how to read it
 
 
 def main(reports: Path) -> None:
