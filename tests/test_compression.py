@@ -290,6 +290,17 @@ def test_a_budget_can_be_raised_and_lowered(half_learned, monkeypatch, tmp_path)
     assert found[0] < found[1]
 
 
+def test_a_damaged_search_is_begun_again(half_learned, monkeypatch, tmp_path):
+    model, _, items = half_learned
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+    whole = quick(model, items.head(1), target=5, budget=6)
+    (place,) = (tmp_path / "compression").iterdir()
+    place.write_text(place.read_text()[:20])
+    with pytest.warns(UserWarning, match=r"cannot be read \(.*\); searching again$"):
+        again = quick(model, items.head(1), target=5, budget=6)
+    pd.testing.assert_frame_equal(whole, again)
+
+
 def test_prompts_hold_no_special_tokens(model_folder):
     from workbench.models import load_model
 

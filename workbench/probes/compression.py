@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -259,7 +260,13 @@ def _place(key: dict, goal) -> Path:
 
 def _read(place: Path, target: int) -> dict:
     if place.is_file():
-        return json.loads(place.read_text())
+        try:
+            return json.loads(place.read_text(encoding="utf-8"))
+        except ValueError as error:  # damaged: begun again, and said
+            warnings.warn(
+                f"probe_compression: {place} cannot be read ({error}); searching again",
+                stacklevel=3,
+            )
     first = {"step": 0, "length": min(FIRST, target), "tried": 0, "prompt": None, "loss": None}
     return first | {"found": [], "done": False}
 
