@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from tests.conftest import neox
 from workbench.table import InputError
@@ -13,8 +14,10 @@ from workbench.training import (
     TextStream,
     Trainer,
     fingerprint,
+    load_states,
     plant,
     read_ledger,
+    save_states,
     schedule_exposures,
     sequence_loss,
     spread,
@@ -311,3 +314,54 @@ def test_a_step_returns_the_loss_before_it_and_learns():
     for _ in range(30):
         loss = trainer.step(batch)
     assert loss < before / 2
+
+
+# --- states on disk ------------------------------------------------------------------------------
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_states_come_back_from_disk_bit_by_bit_and_training_goes_on(tmp_path):
+    trainer, place = small(), tmp_path / "state"
+    train(trainer, stream().batch, until=3)
+    early = trainer.state()
+    trainer.step(stream().batch(4))
+    later = trainer.state()
+    save_states(place, {"early": early, "later": later}, about={"seed": 4, "half": None})
+    states, about = load_states(place)
+    assert about == {"seed": 4, "half": None} and list(states) == ["early", "later"]
+    for name, kept in (("early", early), ("later", later)):
+        assert states[name]["update"] == kept["update"]
+        assert same(states[name]["weights"], kept["weights"])
+        moments, found = kept["optimizer"]["state"], states[name]["optimizer"]["state"]
+        assert moments.keys() == found.keys() and len(moments) > 4
+        assert all(same(moments[index], found[index]) for index in moments)
+    resumed = small(seed=1)
+    resumed.restore(states["early"])
+    resumed.step(stream().batch(4))
+    assert same(resumed.state()["weights"], later["weights"])
+    assert resumed.update == 4
+
+
+def test_a_state_without_moments_is_one_of_before_the_first_update(tmp_path):
+    # AdamW keeps nothing before its first step
+    save_states(tmp_path / "state", {"start": small().state()})
+    states, about = load_states(tmp_path / "state")
+    assert about == {} and states["start"]["optimizer"]["state"] == {}
+    resumed = Trainer(small(seed=1).module, 5.0)
+    resumed.restore(states["start"])
+    assert resumed.update == 0 and resumed.optimizer.param_groups[0]["lr"] == small().learning_rate
+
+
+def test_a_damaged_state_is_refused(tmp_path):
+    place = tmp_path / "state"
+    save_states(place, {"start": small().state()})
+    whole = place.read_bytes()
+    foreign = tmp_path / "foreign"
+    save_file({"weight": torch.zeros(2)}, foreign)
+    place.write_bytes(whole[:-100])
+    for damaged in (place, foreign, tmp_path / "absent"):
+        with pytest.raises(InputError, match=rf"^load_states: {damaged} cannot be read \(.+\)$"):
+            load_states(damaged)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import pickle
 import sys
 import time
 import warnings
@@ -28,8 +27,8 @@ from tqdm.auto import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from workbench.models import LanguageModel, versions
-from workbench.table import InputError, cache_folder, load, rows, save, validate, whole_file
-from workbench.training import TextStream, Trainer
+from workbench.table import InputError, cache_folder, load, rows, save, validate
+from workbench.training import TextStream, Trainer, load_states, save_states
 
 VERSION = 1  # raise it when the same run gives other numbers
 DECAY = 0.4  # share of the updates over which the learning rate falls to 0
@@ -293,8 +292,8 @@ def train_run(
             at["half"] = _held(model, tokens, run)
             trainer.restore(at["fork"])
         if place and time.monotonic() - saved > CHECKPOINT:
-            with whole_file(place) as temporary:
-                torch.save(at | {"trainer": trainer.state()}, temporary)
+            states = {"trainer": trainer.state()} | ({"fork": at["fork"]} if at["fork"] else {})
+            save_states(place, states, about={"half": at["half"]})
             saved = time.monotonic()
     return {"memorized_bits": _held(model, tokens, run), "half": at["half"]}
 
@@ -311,16 +310,16 @@ def _resume(place, trainer: Trainer, run: Run, progress, tokens: int) -> dict:
     if place is None or not place.is_file():
         return at
     try:
-        read = torch.load(place, weights_only=True, map_location="cpu")
-        trainer.restore(read["trainer"])
-        at = {"fork": read["fork"], "half": read["half"]}
-    except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:80]
+        states, about = load_states(place)
+    except InputError as error:
         warnings.warn(
-            f"load_capacity: the checkpoint {place} cannot be read ({reason}); from the beginning",
+            f"load_capacity: the checkpoint {str(error).removeprefix('load_states: ')}; "
+            "from the beginning",
             stacklevel=2,
         )
         return at
+    trainer.restore(states["trainer"])
+    at = {"fork": states.get("fork"), "half": about["half"]}
     if progress:
         half = run.updates // 2
         fork = half - _stable(half) if at["half"] is not None else 0

@@ -9,15 +9,19 @@ what lets two runs share everything but the planted items.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from workbench.table import InputError
+from workbench.table import InputError, whole_file
 
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.01
@@ -215,6 +219,56 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), CLIP)
         self.optimizer.step()
         return float(loss.detach())
+
+
+def save_states(path: Path, states: Mapping[str, dict], *, about: Mapping | None = None) -> None:
+    """Write what :meth:`Trainer.state` gave into one safetensors file, whole or not at all.
+
+    Args:
+        path: The file.
+        states: States by name; one name for each fork.
+        about: What JSON can hold, to know the run by when it is resumed.
+    """
+    tensors, header = {}, {}
+    for fork, state in states.items():
+        moments = state["optimizer"]
+        header[fork] = {"update": state["update"], "param_groups": moments["param_groups"]}
+        tensors |= {f"{fork}/weights//{name}": t for name, t in state["weights"].items()}
+        for index, kept in moments["state"].items():
+            tensors |= {f"{fork}/optimizer/{index}/{name}": t for name, t in kept.items()}
+    metadata = {"states": json.dumps(header), "about": json.dumps(dict(about or {}))}
+    with whole_file(path) as temporary:
+        save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary, metadata)
+
+
+def load_states(path: Path) -> tuple[dict[str, dict], dict]:
+    """Read what :func:`save_states` wrote: the states by name, and what was said about them.
+
+    Raises:
+        InputError: The file is not one of those, or is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            header, about = json.loads(metadata["states"]), json.loads(metadata["about"])
+            states = {
+                fork: {
+                    "weights": {},
+                    "optimizer": {"state": {}, "param_groups": kept["param_groups"]},
+                    "update": kept["update"],
+                }
+                for fork, kept in header.items()
+            }
+            for key in file.keys():  # noqa: SIM118 - it is no mapping
+                fork, part, index, name = key.split("/", 3)
+                held = states[fork][part]
+                if part == "optimizer":
+                    held = held["state"].setdefault(int(index), {})
+                held[name] = file.get_tensor(key)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:80]
+        raise InputError(f"load_states: {path} cannot be read ({reason})") from None
+    return states, about
 
 
 def sequence_loss(
