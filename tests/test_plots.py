@@ -6,7 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from workbench.plots import plot_event_study, plot_forgetting, plot_laws, plot_profile
+from workbench.plots import (
+    plot_dose,
+    plot_event_study,
+    plot_forgetting,
+    plot_groups,
+    plot_laws,
+    plot_profile,
+)
 from workbench.table import InputError, rows
 
 NAN = np.nan
@@ -176,3 +183,80 @@ def test_refusals():
         with pytest.raises(InputError) as error:
             draw()
         assert str(error.value) == message
+
+
+# --- what texts without memory would give ---------------------------------------------------------
+
+
+def doses() -> pd.DataFrame:
+    """Kind a at 1 and 4 exposures of two runs, kind b at 2 of one, with floors."""
+    return rows(
+        "top1",
+        [0.5, 0.9, 0.3, 0.4, 0.6],
+        run=["r", "r", "s", "s", "r"],
+        lo=[0.4, 0.8, 0.2, 0.3, 0.5],
+        hi=[0.6, 1.0, 0.4, 0.5, 0.7],
+        n=[8, 6, 8, 4, 5],
+        beside={
+            "kind": list("aaaab"), "dose": [1, 4, 1, 4, 2], "floor": [0.2, 0.2, 0.2, 0.2, 0.1],
+            "floor_lo": [0.15, 0.12, 0.15, 0.1, 0.0], "floor_hi": [0.25, 0.28, 0.25, 0.3, 0.35],
+        },
+    )  # fmt: skip
+
+
+def test_dose_draws_points_and_the_zone_of_texts_without_memory():
+    figure = plot_dose(doses().sample(frac=1, random_state=1))
+    drawn = {(t.name, t.xaxis): t for t in figure.data if t.mode == "lines+markers"}
+    assert {key: (list(t.x), list(t.y)) for key, t in drawn.items()} == {
+        ("r", "x"): ([1, 4], [0.5, 0.9]), ("s", "x"): ([1, 4], [0.3, 0.4]), ("r", "x2"): ([2], [0.6])
+    }  # fmt: skip
+    whisker = drawn["s", "x"].error_y
+    np.testing.assert_allclose([whisker.array, whisker.arrayminus], [[0.1, 0.1], [0.1, 0.1]])
+    zones = [t for t in figure.data if t.fill == "toself"]
+    # up along the upper edge, back along the lower; at 4 exposures the fewest texts are run s's 4
+    assert [(list(z.x), list(z.y)) for z in zones] == [
+        ([1, 4, 4, 1], [0.25, 0.3, 0.1, 0.15]), ([2, 2], [0.35, 0.0])
+    ]  # fmt: skip
+    middles = [t for t in figure.data if t.mode == "lines" and t.fill is None]
+    assert [(list(m.x), list(m.y)) for m in middles] == [([1, 4], [0.2, 0.2]), ([2], [0.1])]
+    assert {s.y0 for s in figure.layout.shapes} == {1.0}  # the most there is, in each panel
+    assert list(figure.layout.xaxis.ticktext) == ["1", "2", "4"]
+    bare = plot_dose(doses().drop(columns=["floor", "floor_lo", "floor_hi"]))
+    assert all(t.fill is None for t in bare.data)
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        (doses().drop(columns="kind"), "no column 'kind'; there are run, step, group, item, "),
+        (
+            doses().head(1).assign(dose=0),
+            "no row with dose above 0; controls belong into the floor",
+        ),
+        (
+            pd.concat([doses(), doses().assign(step=3)]),
+            "several rows per (dose, run, kind); summarise first",
+        ),
+    ],
+)
+def test_dose_refuses(table, said):
+    with pytest.raises(InputError) as caught:
+        plot_dose(table)
+    assert str(caught.value).startswith(f"plot_dose: {said}")
+
+
+def test_groups_stand_in_boxes_of_texts_without_memory():
+    table = rows(
+        "top1", [0.5, 0.0, 0.7, 0.25], run="r",
+        group=["seen", "never"] * 2, lo=[0.3, 0.0, 0.6, 0.2], hi=[0.7, 0.1, 0.8, 0.3], n=[8, 9] * 2,
+        beside={"floor": 0.1, "floor_lo": [0.0, 0.0, 0.2, 0.15], "floor_hi": [0.1, 0.2, 0.3, 0.35]},
+    ).assign(metric=["extractable"] * 2 + ["top1"] * 2)  # fmt: skip
+    figure = plot_groups(table)
+    bars = {t.name: t for t in figure.data if t.base is None}
+    assert list(bars["reproduced word for word"].y) == [0.5, 0.0]
+    boxes = [t for t in figure.data if t.base is not None]
+    assert [t.offsetgroup for t in boxes] == ["0", "1"]
+    assert [list(t.base) for t in boxes] == [[0.0, 0.0], [0.2, 0.15]]
+    np.testing.assert_allclose([t.y for t in boxes], [[0.1, 0.2], [0.1, 0.2]])  # heights
+    assert list(boxes[0].x) == list(bars["reproduced word for word"].x) == ["seen<br>n=8", "never<br>n=9"]  # fmt: skip
+    assert len(plot_groups(table.drop(columns=["floor", "floor_lo", "floor_hi"])).data) == 2

@@ -67,3 +67,54 @@ def test_lags_that_are_shown(model_folder, tmp_path):
     assert (
         str(caught.value) == "lags: no checkpoint lies 4 updates after an exposure; there are 0, 3"
     )
+
+
+# --- controls that are none -----------------------------------------------------------------------
+
+
+def met_in(tmp_path, training, **options):
+    """Two trained texts and two controls of four words, against a training text of that many words."""
+    entries = [
+        {"item": "a", "text": "one two three four", "group": "seen"},
+        {"item": "b", "text": "ten ten ten ten", "group": "seen"},
+        {"item": "c", "text": "five six seven eight", "group": "unseen"},
+        {"item": "d", "text": "nine two three four", "group": "unseen"},
+    ]
+    place = tmp_path / "training.txt"
+    place.write_text(training)
+    items = texts(tmp_path / "items.jsonl", entries)
+    return lambda model: (load_subject(str(model), items), str(place))
+
+
+def test_controls_that_stand_in_the_training_text_are_dropped(model_folder, tmp_path):
+    # "a" stands there whole, "b" not; of the controls "c" does and goes, "d" shares three words
+    said = "Zero one two three four. Five, six, seven, EIGHT! Nine."
+    subject, place = met_in(tmp_path, said)(model_folder)
+    with pytest.warns(UserWarning, match=r"^drop_shared: dropped 1 of 2 controls .*first: c, 100%"):
+        found = subject.drop_met_controls(place, words=4)
+    assert subject.items["item"].tolist() == ["a", "b", "d"]
+    assert found.set_index("group")["value"].to_dict() == {"seen": 0.5, "unseen": 0.5}
+    # as three words in a row "d" was met as well, and no control is left
+    subject, place = met_in(tmp_path, said)(model_folder)
+    with pytest.raises(InputError, match=r"^drop_shared: all 2 controls share more than 0%"):
+        subject.drop_met_controls(place, words=3)
+    assert subject.items["item"].tolist() == ["a", "b", "c", "d"]
+
+
+def test_without_a_training_text_nothing_is_known_and_nothing_dropped(model_folder, tmp_path):
+    subject, _ = met_in(tmp_path, "")(model_folder)
+    found = subject.drop_met_controls()
+    assert found.empty and {"group", "value", "lo", "hi", "n"} <= set(found.columns)
+    assert len(subject.items) == 4
+
+
+def test_the_suite_knows_what_it_was_trained_on(tiny, monkeypatch):
+    monkeypatch.setattr("workbench.subject.load_suite", lambda corpus: tiny.suite)
+    subject = load_subject()
+    before = subject.items["group"].value_counts()
+    found = subject.drop_met_controls().set_index("group")["value"]
+    assert found["seen"] == 1.0 and found["never"] == 0.0
+    assert subject.items["group"].value_counts().equals(before)
+    # the twin was trained on the partners of what this run holds
+    other = load_subject(run="twin").drop_met_controls().set_index("group")["value"]
+    assert other["seen"] == 1.0 and other["never"] == 0.0

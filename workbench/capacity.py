@@ -95,8 +95,8 @@ def capacity_runs(size: str = "default") -> list[Run]:
 
     Args:
         size: ``mini`` (two toy models, half a minute on two cores), ``default`` (5,000 and 11,500
-            parameters, a quarter of an hour), ``full`` (five widths up to 29,000 parameters and four times the
-            updates: a night).
+            parameters, ten minutes on two cores), ``full`` (five widths up to 29,000 parameters and
+            four times the updates: a night).
 
     Raises:
         InputError: Another word.

@@ -58,15 +58,17 @@ def report_page(notebook, about: Mapping, *, key, measures, parameters, passport
         "report.html.j2",
         figures,
         script,
-        style=_style() + _highlight_style(),
-        cells=cells,
-        about=about,
-        failed_cell='id="failure"' in cells,
-        key=key,
-        measures=measures,
-        parameters=parameters,
-        passport=passport,
-        downloads=downloads,
+        {
+            "style": _style() + _highlight_style(),
+            "cells": cells,
+            "about": about,
+            "failed_cell": 'id="failure"' in cells,
+            "key": key,
+            "measures": measures,
+            "parameters": parameters,
+            "passport": passport,
+            "downloads": downloads,
+        },
     )
 
 
@@ -80,12 +82,11 @@ def index_page(entries: Sequence[Mapping], thumbnails: Mapping[str, Mapping]) ->
     """
     script = (TEMPLATES / "index.js").read_text(encoding="utf-8")
     failed = sum(entry["status"] == "failed" for entry in entries)
-    return _render(
-        "index.html.j2", thumbnails, script, style=_style(), entries=entries, failed=failed
-    )
+    fields = {"style": _style(), "entries": entries, "failed": failed}
+    return _render("index.html.j2", thumbnails, script, fields)
 
 
-def _render(template: str, figures: Mapping, script: str, **fields) -> str:
+def _render(template: str, figures: Mapping, script: str, fields: Mapping[str, object]) -> str:
     import jinja2
 
     loader = jinja2.FileSystemLoader(TEMPLATES)
@@ -98,11 +99,13 @@ def _render(template: str, figures: Mapping, script: str, **fields) -> str:
 
         plotly = get_plotlyjs()
     return environment.get_template(template).render(
-        figures=_script_json(figures),
-        plotly=plotly,
-        script=script,
-        policy=_policy(plotly, script),
-        **fields,
+        {
+            **fields,
+            "figures": _script_json(figures),
+            "plotly": plotly,
+            "script": script,
+            "policy": _policy(plotly, script),
+        }
     )
 
 

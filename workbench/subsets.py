@@ -58,7 +58,7 @@ class Subsets(Suite):
 def load_subsets(suite: Suite, *, runs: int = 16, progress: bool = True) -> Subsets:
     """Train small models on random halves of a suite's items; those already cached are not trained.
 
-    Sixteen take about ten minutes on two idle cores. An interrupted call goes on where it was, and
+    Sixteen take about 14 minutes of processor time. An interrupted call goes on where it was, and
     a later one that asks for more runs trains only these.
 
     Args:

@@ -37,7 +37,6 @@ def plot_profile(table: pd.DataFrame, *, title: str = "") -> go.Figure:
     grids = cells.pivot(index="cohort", columns="step", values=["value", "lo", "hi", "n"])
     grid = grids["value"].sort_index()
     steps, cohorts = list(grid.columns), list(grid.index)
-    sizes = cells.groupby("cohort")["n"].max()
     limit = cells["value"].abs().max() or 1.0
     figure = go.Figure(
         go.Heatmap(
@@ -58,6 +57,11 @@ def plot_profile(table: pd.DataFrame, *, title: str = "") -> go.Figure:
         )
     )
     figure.add_traces(_doubts(cells, steps, cohorts))
+    return _grid_axes(figure, steps, cohorts, cells.groupby("cohort")["n"].max(), title)
+
+
+def _grid_axes(figure, steps: list, cohorts: list, sizes: pd.Series, title: str) -> go.Figure:
+    """Cohorts down with a black edge at each first exposure, checkpoints across."""
     for row, cohort in enumerate(cohorts):
         edge = sum(s < cohort for s in steps) - 0.5
         figure.add_shape(

@@ -113,6 +113,7 @@ def shown(column: str, value) -> str:
 
 
 def has_columns(asker: str, tables: dict[str, pd.DataFrame], names: Sequence[str]) -> None:
+    """Refuse a table (by what it is called in the message) that lacks one of the columns."""
     for told, table in tables.items():
         for name in names:
             if name not in table.columns:

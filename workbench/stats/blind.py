@@ -16,11 +16,11 @@ from scipy import stats
 
 from workbench.items import check_items
 from workbench.stats.membership import (
-    _attack_rows,
-    _groups,
-    _membership,
-    _rows_at,
     area_under_curve,
+    attack_rows,
+    by_score,
+    membership_of,
+    rows_at,
 )
 from workbench.table import METRICS, InputError, validate
 
@@ -76,7 +76,7 @@ def blind_baseline(
         raise InputError(
             f"blind_baseline: {folds} folds, {repeats} repeats; needs at least 2 folds and 1 repeat"
         )
-    table = _attack_rows(table, [member, *by, *([cluster] if cluster else [])], "blind_baseline")
+    table = attack_rows(table, [member, *by, *([cluster] if cluster else [])], "blind_baseline")
     table = table[table["value"].notna()]
     text = check_items(items).set_index(items["item"].astype(str))["text"]
     lacking = sorted(set(table["item"].astype(str)) - set(text.index))
@@ -87,14 +87,14 @@ def blind_baseline(
         )
     made, says, known = [], [], {}
     parts: dict[tuple, list[tuple]] = {}
-    for where, part in _groups(table, by, "blind_baseline"):
+    for where, part in by_score(table, by, "blind_baseline"):
         parts.setdefault(tuple(where[name] for name in by), []).append((where, part))
     for scored in parts.values():
         gains = []
         most = max(range(len(scored)), key=lambda number: len(scored[number][1]))
         for number, (where, part) in enumerate(scored):
             names = part["item"].astype(str)
-            inside = _membership(part[member], "blind_baseline")
+            inside = membership_of(part[member], "blind_baseline")
             groups = (
                 np.arange(len(part)) if cluster is None else part[cluster].astype(str).to_numpy()
             )
@@ -221,11 +221,11 @@ def placement_error(
 def _row(metric: str, found: dict, part, where, reason: str) -> pd.DataFrame:
     beside = {"se": found["se"], "reason": reason}
     edges = found["lo"], found["hi"]
-    return _rows_at(metric, found["value"], *edges, part, where, len(part), beside)
+    return rows_at(metric, found["value"], *edges, part, where, len(part), beside)
 
 
 def _item_rows(place, part, where, reason: str) -> pd.DataFrame:
-    made = _rows_at(BLIND, place, np.nan, np.nan, part, where, 1, {"reason": reason})
+    made = rows_at(BLIND, place, np.nan, np.nan, part, where, 1, {"reason": reason})
     return made.assign(item=part["item"].astype(str).to_numpy())
 
 

@@ -91,6 +91,7 @@ def make_cells(panel: Panel, *, control: str, base: str, asker: str) -> Cells:
 
 
 def take(cells: Cells, keep: np.ndarray) -> Cells:
+    """The cells that ``keep`` selects, by mask or by index."""
     return Cells(
         cells.group[keep],
         cells.step[keep],

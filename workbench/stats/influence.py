@@ -274,6 +274,7 @@ class Chunks(Estimates):
 
 
 def estimates(panel: Panel, cells: Cells, means: Means, aggregate: Aggregate) -> Contrasts | Chunks:
+    """What each cluster adds to each estimate; in chunks where items have holes."""
     return (Chunks if panel.holes else Contrasts)(panel, cells, means, aggregate)
 
 

@@ -203,7 +203,7 @@ def roc_curve(
                 low, high = np.quantile(np.concatenate(again), tails, axis=0)
         beside = {"fpr": rates, "resolution": _resolution(other), "reason": reason}
         count = len(score) + len(other)
-        made.append(_rows_at("tpr_at_fpr", value, low, high, part, where, count, beside))
+        made.append(rows_at("tpr_at_fpr", value, low, high, part, where, count, beside))
     result = pd.concat(made, ignore_index=True)
     result.attrs["dropped"] = dropped
     return result
@@ -255,14 +255,14 @@ def membership_trend(
     Raises:
         InputError: Unknown columns, a dose that is missing, scores that are better low.
     """
-    table = _attack_rows(table, [*by, dose], "membership_trend")
+    table = attack_rows(table, [*by, dose], "membership_trend")
     if table[dose].isna().any():
         raise InputError(
             f"membership_trend: {dose} is missing in {table[dose].isna().sum()} rows; texts never "
             "trained on have 0"
         )
     made = []
-    for where, part in _groups(table[table["value"].notna()], by, "membership_trend"):
+    for where, part in by_score(table[table["value"].notna()], by, "membership_trend"):
         share, error = concordance(part["value"].to_numpy(), part[dose].to_numpy(dtype=float))
         half, reason = stats.norm.ppf((1 + level) / 2) * error, ""
         if np.isnan(share):
@@ -274,7 +274,7 @@ def membership_trend(
         if np.isnan(half):
             low = high = np.nan
         beside = {"se": error, "reason": reason}
-        made.append(_rows_at("dose_concordance", share, low, high, part, where, len(part), beside))
+        made.append(rows_at("dose_concordance", share, low, high, part, where, len(part), beside))
     return pd.concat(made, ignore_index=True)
 
 
@@ -302,7 +302,12 @@ def concordance(
     return float(share), float(error)
 
 
-def _attack_rows(table: pd.DataFrame, names: Sequence[str], asker: str) -> pd.DataFrame:
+def attack_rows(table: pd.DataFrame, names: Sequence[str], asker: str) -> pd.DataFrame:
+    """The validated table of scores that are higher for members.
+
+    Raises:
+        InputError: One of the columns ``names`` is missing, or a metric is not higher for members.
+    """
     table = validate(table)
     for name in names:
         if name not in table.columns:
@@ -313,8 +318,12 @@ def _attack_rows(table: pd.DataFrame, names: Sequence[str], asker: str) -> pd.Da
     return table
 
 
-def _groups(table: pd.DataFrame, by: Sequence[str], asker: str) -> Iterator[tuple]:
-    """Where a score was measured, and its item rows there."""
+def by_score(table: pd.DataFrame, by: Sequence[str], asker: str) -> Iterator[tuple]:
+    """Where each score was measured (``by`` and ``score``), and its item rows there.
+
+    Raises:
+        InputError: No rows, or an item with several rows of a score.
+    """
     if table.empty:
         raise InputError(f"{asker}: no item has a score; there is nothing to compare")
     for values, part in table.groupby([*by, "metric"], observed=True, sort=False):
@@ -330,14 +339,14 @@ def _groups(table: pd.DataFrame, by: Sequence[str], asker: str) -> Iterator[tupl
 
 def _classes(table, member, by, dose, asker) -> tuple[Iterator[tuple], int]:
     """(where, rows, scores of members, scores of others) of each comparison; items left out."""
-    table = _attack_rows(table, [member, *by, *([dose] if dose else [])], asker)
-    is_member = pd.Series(_membership(table[member], asker), index=table.index)
+    table = attack_rows(table, [member, *by, *([dose] if dose else [])], asker)
+    is_member = pd.Series(membership_of(table[member], asker), index=table.index)
     usable = table["value"].notna()
     if not usable.any():
         raise InputError(f"{asker}: no item has a score; there is nothing to compare")
 
     def each():
-        for where, part in _groups(table[usable], by, asker):
+        for where, part in by_score(table[usable], by, asker):
             inside = is_member[part.index].to_numpy()
             other, members = part["value"].to_numpy()[~inside], part[inside]
             split = members.groupby(dose, observed=True) if dose else [(None, members)]
@@ -348,7 +357,12 @@ def _classes(table, member, by, dose, asker) -> tuple[Iterator[tuple], int]:
     return each(), int((~usable).sum())
 
 
-def _membership(column: pd.Series, asker: str) -> Bool[np.ndarray, " row"]:
+def membership_of(column: pd.Series, asker: str) -> Bool[np.ndarray, " row"]:
+    """True for members: True, 1, seen, train and the like; False for what says the opposite.
+
+    Raises:
+        InputError: A value that says neither; ``asker`` is who is named.
+    """
     word = column.astype(str).str.strip().str.lower()
     inside = word.isin(SEEN | {"members"}).to_numpy()
     strange = ~inside & ~word.isin(UNSEEN | {"other"}).to_numpy()
@@ -427,7 +441,7 @@ def _score_rows(part, score, other, where, fpr, level, draws, seed) -> pd.DataFr
     few = [f"{len(other)} others are fewer than 1 / fpr: the rate at no false positive" if resolution > rate else "" for rate in fpr]  # fmt: skip
     beside = {"se": error, "fpr": np.nan, "resolution": resolution, "reason": reason}
     beside |= {"lo_bootstrap": bands[0, 0], "hi_bootstrap": bands[1, 0]}
-    made = [_rows_at("auc", area, low, high, part, where, count, beside)]
+    made = [rows_at("auc", area, low, high, part, where, count, beside)]
     for at, rate in enumerate(fpr):
         value, whole, edges = np.nan, np.nan, (np.nan, np.nan)
         if both:
@@ -436,15 +450,23 @@ def _score_rows(part, score, other, where, fpr, level, draws, seed) -> pd.DataFr
             edges = np.quantile(np.concatenate([tpr_at_fpr(m, o, rate) for m, o in pairs]), tails)
             whole = standardised_area(area_up_to(*shares_above(score, other), rate).mean(), rate)
         beside = {"fpr": rate, "resolution": resolution, "reason": few[at] if both else reason}
-        made.append(_rows_at("tpr_at_fpr", value, *edges, part, where, count, beside))
+        made.append(rows_at("tpr_at_fpr", value, *edges, part, where, count, beside))
         beside = beside | {"reason": reason}
         band = bands[:, 1 + at]
-        made.append(_rows_at("partial_auc", whole, *band, part, where, count, beside))
+        made.append(rows_at("partial_auc", whole, *band, part, where, count, beside))
     return pd.concat(made, ignore_index=True)
 
 
-def _rows_at(metric, value, low, high, part, where, count: int, beside: dict) -> pd.DataFrame:
-    """Rows with the coordinates of a comparison; means over steps carry the last one."""
+def rows_at(metric, value, low, high, part, where, count: int, beside: dict) -> pd.DataFrame:
+    """Rows of a metric with the coordinates of a comparison.
+
+    Args:
+        value, low, high: The numbers and their interval.
+        part: Item rows that were compared; means over steps carry the last step.
+        where: Coordinates as :func:`by_score` gives them.
+        count: Texts compared.
+        beside: Further columns.
+    """
     more = {name: each for name, each in where.items() if name not in ("run", "step", "group")}
     return rows(
         metric,
