@@ -19,7 +19,8 @@ LAYER = {
     "models": 1,
     "parameters": 1,
     "decoys": 2,
-    "foils": 2,
+    "facts": 2,
+    "foils": 2.5,  # it makes synonyms by lexicon and looks for copies by overlap
     "lexicon": 2,
     "overlap": 2,
     "training": 2,
@@ -31,15 +32,28 @@ LAYER = {
     "probes": 4,
     "stats": 4,
     "plots": 4,
+    "recorder": 5,
     "retention": 5,
     "capacity": 5,
+    "injection": 5,
+    "results": 5,
+    "savings": 6,
+    "finetuning": 6,
+    "streams": 5,
     "page": 5,
     "explore": 6,
     "report": 6,
     "cli": 7,
     "__main__": 8,
 }
-LIGHT = ("table", "items", "foils", "parameters", "suite")  # what stats may stand on, and the CLI
+LIGHT = (
+    "table",
+    "items",
+    "facts",
+    "foils",
+    "parameters",
+    "suite",
+)  # what stats may stand on, and the CLI
 
 
 def name_of(path: Path) -> str:

@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -7,7 +8,13 @@ import pytest
 from tests.conftest import Numbers, bigram, frame, neox
 from workbench.models import LanguageModel
 from workbench.probes import recall
-from workbench.probes.recall import continue_greedily, edit_similarity, probe_recall, rouge
+from workbench.probes.recall import (
+    continue_greedily,
+    edit_similarity,
+    prepare_recall,
+    probe_recall,
+    rouge,
+)
 from workbench.table import InputError
 
 
@@ -91,15 +98,44 @@ def test_rouge_of_too_few_words_is_not_zero():
     assert undefined["reason"].tolist() == ["the suffix has too few words"]
 
 
-@pytest.mark.parametrize("bos", [None, 63])
-def test_unlike_lengths_at_once_agree_with_one_at_a_time(bos, monkeypatch):
-    monkeypatch.setattr(recall, "BATCH", 5)
+@pytest.mark.parametrize(("bos", "batch", "spare"), [(None, 5, 12), (63, 17, 1), (None, 17, 4)])
+def test_unlike_lengths_at_once_agree_with_one_at_a_time(bos, batch, spare, monkeypatch):
+    monkeypatch.setattr(recall, "BATCH", batch)
+    monkeypatch.setattr(recall, "SPARE", spare)  # finished rows leave one by one, by four, or never
     model, rng = tiny(seed=1, bos=bos), np.random.default_rng(0)
     prompts = [rng.integers(0, 60, size=size) for size in rng.integers(1, 14, size=17)]
     new = rng.integers(1, 14, size=17)
     at_once = continue_greedily(model, prompts, new)
     for prompt, count, said in zip(prompts, new, at_once, strict=True):
         np.testing.assert_array_equal(said, model.generate(prompt[None], int(count))[0])
+
+
+def test_finished_rows_are_not_gone_on_with(monkeypatch):
+    monkeypatch.setattr(recall, "SPARE", 2)
+    model, asked = tiny(seed=1), []
+    forward = model.module.forward
+
+    def spy(*, input_ids, **options):
+        asked.append(tuple(input_ids.shape))
+        return forward(input_ids=input_ids, **options)
+
+    monkeypatch.setattr(model.module, "forward", spy)
+    # prompts of 2; rows end after 1, 1, 2 and 5 new tokens: two leave together, the third by
+    # itself not, since a copy of the cache is worth two
+    prompts = [np.array([1, 2])] * 4
+    said = continue_greedily(model, prompts, [1, 5, 1, 2])
+    assert [len(each) for each in said] == [1, 5, 1, 2]
+    assert asked == [(4, 2), (2, 1), (2, 1), (2, 1), (2, 1)]
+    assert all((each == said[1][: len(each)]).all() for each in said)
+
+
+def test_asked_again_of_other_weights_it_is_the_same_as_asked_afresh():
+    listed = items(*[say(*range(k, k + 6 + k % 3)) for k in range(5)], say(0, 1))
+    one, other = tiny(seed=1), tiny(seed=2)
+    ask = prepare_recall(one, listed)
+    for model in (one, other, one):
+        model = replace(model, step=model.step + 7, run="again")
+        pd.testing.assert_frame_equal(ask(model), probe_recall(model, listed))
 
 
 def test_order_of_items_changes_nothing():

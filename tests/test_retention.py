@@ -1,4 +1,5 @@
 import re
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,15 +9,21 @@ import pytest
 import torch
 from scipy.stats import mannwhitneyu, norm
 
-from tests.conftest import Numbers, frame, neox
+from tests.conftest import Numbers, bigram, frame, neox
 from workbench import retention
 from workbench.foils import make_foils
 from workbench.models import LanguageModel, Scores
 from workbench.plots import plot_recall, plot_recognition, plot_retention
-from workbench.probes.recognition import forced_choice, mean_loss, probe_recognition
+from workbench.probes.recall import probe_recall
+from workbench.probes.recognition import (
+    forced_choice,
+    mean_loss,
+    prepare_recognition,
+    probe_recognition,
+)
 from workbench.retention import choose_learning_rate, pad_texts, study_and_retain
 from workbench.stats.retention import auc, d_prime, retention_curve
-from workbench.table import InputError, rows
+from workbench.table import InputError, load, rows, save
 from workbench.training import TextStream, Trainer, fingerprint, sequence_loss
 
 
@@ -154,7 +161,9 @@ def experiment():
     return SimpleNamespace(
         model=LanguageModel(neox(vocabulary=64), Numbers(), run="tiny", step=100),
         items=items,
-        foils=make_foils(items, unrelated=number_texts(6, 1), seed=0),
+        foils=make_foils(
+            items, unrelated=number_texts(6, 1), kinds=["unrelated", "shuffled"], seed=0
+        ),
         interference=number_texts(60, 2, words=(40, 50)),
     )
 
@@ -196,7 +205,11 @@ def test_dropout_is_drawn_from_the_seed_and_leaves_the_callers_alone(experiment)
         made.append(ask(wet, lags=(0,)).losses)
         assert torch.equal(state, torch.get_rng_state())
     pd.testing.assert_frame_equal(*made)
-    assert not made[0].equals(ask(wet, lags=(0,), seed=6).losses)
+    # of a single studied item the seed orders nothing, so that it shows in dropout alone
+    wet.items = experiment.items[5:]
+    wet.foils = experiment.foils[experiment.foils["item"].isin(wet.items["item"])]
+    one, other = (ask(wet, lags=(0,), seed=seed).losses for seed in (5, 6))
+    assert not one.equals(other)
 
 
 def test_the_ledger_is_what_was_trained(experiment, monkeypatch):
@@ -293,13 +306,37 @@ def test_a_model_with_a_beginning_of_text_studies_with_it(experiment, monkeypatc
 def test_probes_meet_the_model_without_dropout(experiment, monkeypatch):
     met = []
 
-    def spy(model, items, foils):
-        met.append((model.step, model.module.training))
-        return probe_recognition(model, items, foils)
+    def spy(*parts):
+        asked = prepare_recognition(*parts)
+        return lambda model: [met.append((model.step, model.module.training)), asked(model)][1]
 
-    monkeypatch.setattr(retention, "probe_recognition", spy)
+    monkeypatch.setattr(retention, "prepare_recognition", spy)
     ask(experiment)
     assert met == [(100, False), (106, False), (107, False), (109, False)]
+
+
+def test_texts_are_encoded_once_however_many_the_lags(experiment, monkeypatch):
+    met = []
+
+    def spy(self, text, add_special_tokens=True):
+        met.append(text)
+        return numbers(self, text, add_special_tokens)
+
+    numbers = Numbers.__call__
+    monkeypatch.setattr(Numbers, "__call__", spy)
+    ask(experiment, lags=(0, 1))
+    few, met[:] = len(met), []
+    ask(experiment, lags=(0, 1, 2, 3))
+    assert len(met) == few
+
+
+def test_asked_again_of_other_weights_it_is_the_same_as_asked_afresh(experiment):
+    ask_again = prepare_recognition(experiment.model, experiment.items, experiment.foils)
+    other = LanguageModel(neox(seed=1, vocabulary=64), Numbers(), run="other", step=7)
+    for model in (experiment.model, other, experiment.model):
+        fresh = probe_recognition(model, experiment.items, experiment.foils)
+        pd.testing.assert_frame_equal(ask_again(model), fresh)
+        assert set(fresh["run"]) == {model.run} and set(fresh["step"]) == {model.step}
 
 
 def test_padding_weighs_nothing(experiment, studied, monkeypatch):
@@ -317,9 +354,155 @@ def test_interference_that_holds_an_item_is_left_out(experiment, studied):
     with pytest.warns(UserWarning) as said:
         made = ask(leaky)
     assert str(said[0].message) == (
-        "study_and_retain: dropped 2 of 62 interference texts that hold an item or a foil"
+        "study_and_retain: left out texts that stand in two lists: 2 of interference against items "
+        "and foils (holds one)"
     )
     pd.testing.assert_frame_equal(made.table, studied.table)
+    assert made.audit["dropped"].sum() == 2 and studied.audit["dropped"].sum() == 0
+
+
+def test_a_control_that_is_a_studied_text_goes_with_its_foils(experiment):
+    twice = SimpleNamespace(**vars(experiment))
+    twice.items = experiment.items.assign(
+        text=[*experiment.items["text"][:11], "  " + experiment.items["text"][0]]
+    )
+    with pytest.warns(UserWarning, match=r"1 of control against studied \(the same text\)"):
+        made = ask(twice, lags=(0,))
+    assert "i11" not in set(made.table["item"]) and "i10" in set(made.table["item"])
+    lonely = SimpleNamespace(**vars(twice))
+    lonely.items = twice.items[[*[True] * 6, *[False] * 5, True]]
+    lonely.foils = experiment.foils[experiment.foils["item"].isin(lonely.items["item"])]
+    message = (
+        "study_and_retain: no items in group 'control'; without controls drift reads as "
+        "forgetting, without studied items there is nothing to forget"
+    )
+    with pytest.warns(UserWarning), refuses(message):
+        ask(lonely, lags=(0,))
+
+
+def test_a_list_that_is_known_before_study_is_warned_of(experiment, studied):
+    knowing = SimpleNamespace(**vars(experiment))
+    knowing.model = bigram(np.eye(64, k=1) * 9, run="counts")  # counts upwards
+    texts = [" ".join(map(str, range(k, k + 8))) for k in range(12)]
+    knowing.items = experiment.items.assign(text=texts)
+    before = probe_recognition(knowing.model, knowing.items, knowing.foils)
+    recalled = probe_recall(knowing.model, knowing.items)
+    table = pd.concat([before, recalled.assign(foil="itself")], ignore_index=True)
+    with pytest.warns(UserWarning) as said:
+        retention._warn_of_known(table)
+    assert str(said[0].message) == (
+        "study_and_retain: the list may be known already: before study 100% of its texts or more "
+        "are recognised against every kind of foil, 100% are recalled exactly; a gain has no room, "
+        "so study other texts or give harder foils"
+    )
+    for half in (
+        table[~table["metric"].str.startswith("recall")],  # recall was not asked for
+        table.assign(value=table["value"].where(table["metric"] != "recognition", 0.5)),
+    ):
+        with pytest.warns(UserWarning, match="known already"):
+            retention._warn_of_known(half)
+    # one kind of foil that leaves room is enough
+    hard = table["foil"] == "shuffled"
+    mine = (table["metric"] == "recognition") & hard & (table["item"] == "i0")
+    table.loc[mine, "value"] = 0.5  # of six: .92
+    table.loc[table["metric"] == "recall_exact", "value"] = 0.9
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        retention._warn_of_known(table)
+        retention._warn_of_known(studied.table[studied.table["phase"] == "before"])
+
+
+def interrupted(experiment, folder, after, **changes):
+    """A run that is stopped once it has taken ``after`` updates."""
+
+    def stop(update, loss):
+        if update == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ask(experiment, folder=folder, progress=stop, **changes)
+
+
+@pytest.mark.parametrize("after", [1, 4, 7, 8])
+def test_an_interrupted_run_goes_on_where_it_was(experiment, studied, tmp_path, after, monkeypatch):
+    # written at every update: in the study (6), right after it, between two lags (7 and 9)
+    monkeypatch.setattr(retention, "CHECKPOINT", -1.0)
+    interrupted(experiment, tmp_path, after + 1)
+    seen = []
+    again = ask(experiment, folder=tmp_path, progress=lambda update, loss: seen.append(update))
+    assert seen == list(range(after + 1, 10))
+    pd.testing.assert_frame_equal(again.table, studied.table)
+    pd.testing.assert_frame_equal(again.losses, studied.losses)
+    pd.testing.assert_frame_equal(again.ledger, studied.ledger)
+    read = ask(experiment, folder=tmp_path, progress=lambda *_: pytest.fail("trained again"))
+    pd.testing.assert_frame_equal(read.table, studied.table)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "state.safetensors",
+        "table.parquet",
+    ]
+
+
+def test_without_a_clock_a_run_is_kept_at_its_lags(experiment, studied, tmp_path):
+    interrupted(experiment, tmp_path, 9)
+    seen = []
+    again = ask(experiment, folder=tmp_path, progress=lambda update, loss: seen.append(update))
+    assert seen == [8, 9]  # kept last at lag 1, after update 7
+    pd.testing.assert_frame_equal(again.table, studied.table)
+
+
+def test_rows_newer_than_the_weights_are_asked_again(experiment, studied, tmp_path):
+    # killed between the two files: the table has lag 3, the weights are those of lag 1
+    interrupted(experiment, tmp_path, 9)
+    weights = (tmp_path / "state.safetensors").read_bytes()
+    ask(experiment, folder=tmp_path)
+    (tmp_path / "state.safetensors").write_bytes(weights)
+    table = load(tmp_path / "table.parquet")
+    newer = table["lag"] == 3
+    assert newer.any()
+    table.loc[newer & (table["metric"] == "loss"), "value"] = 99.0  # as another machine might say
+    save(table, tmp_path / "table.parquet")
+    pd.testing.assert_frame_equal(ask(experiment, folder=tmp_path).table, studied.table)
+
+
+def test_a_resumed_run_draws_the_dropout_it_would_have_drawn(experiment, tmp_path):
+    wet = SimpleNamespace(**vars(experiment))
+    wet.model = LanguageModel(neox(vocabulary=64, hidden_dropout=0.3), Numbers(), run="wet")
+    interrupted(wet, tmp_path, 8, recall=False)
+    resumed, whole = ask(wet, folder=tmp_path, recall=False), ask(wet, recall=False)
+    pd.testing.assert_frame_equal(resumed.losses, whole.losses)
+    pd.testing.assert_frame_equal(resumed.table, whole.table)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"learning_rate": 2e-2}, "learning_rate 0.01, asked for 0.02"),
+        ({"lags": (0, 1)}, "lags [0, 1, 3], asked for [0, 1]"),
+        ({"seed": 6}, "seed 5, asked for 6"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_settings(experiment, tmp_path, changes, said):
+    interrupted(experiment, tmp_path, 7)
+    message = (
+        f"study_and_retain: {tmp_path} holds a run with {said}; ask for the same, or give another "
+        "folder"
+    )
+    with refuses(message):
+        ask(experiment, folder=tmp_path, **changes)
+
+
+def test_a_run_is_not_resumed_with_other_texts_or_weights(experiment, tmp_path):
+    ask(experiment, folder=tmp_path, lags=(0, 1))
+    for name, other in (
+        ("items", experiment.items.assign(text=number_texts(12, 9))),
+        ("foils", experiment.foils.assign(text=[*experiment.foils["text"][:-1], "1 2 3"])),
+        ("interference", experiment.interference[1:]),
+        ("model", LanguageModel(neox(seed=1, vocabulary=64), Numbers(), run="tiny", step=100)),
+    ):
+        changed = SimpleNamespace(**{**vars(experiment), name: other})
+        word = "weights" if name == "model" else name
+        with pytest.raises(InputError, match=f"holds a run with {word} "):
+            ask(changed, folder=tmp_path, lags=(0, 1))
 
 
 @pytest.mark.parametrize(
@@ -340,14 +523,43 @@ def test_interference_that_holds_an_item_is_left_out(experiment, studied):
         ),
         (
             {"learning_rate": 1e30},
-            "study_and_retain: the loss is nan at update 2; lower the learning rate (it is 1e+30, "
-            "the study ends with update 6)",
+            "study_and_retain: the loss is nan at update 2; lower the learning rate (it is 1e+30); "
+            "its batch holds the studied items i4, i5",
         ),
     ],
 )
 def test_settings_that_are_refused(experiment, changes, message):
     with refuses(message):
         ask(experiment, **changes)
+
+
+def test_a_foil_longer_than_the_context_is_refused_before_any_update(experiment):
+    long = SimpleNamespace(**vars(experiment))
+    texts = [" ".join(["7"] * 65), *experiment.foils["text"][1:]]
+    long.foils = experiment.foils.assign(text=texts)
+    message = (
+        "probe_recognition: the unrelated foil of item i0 has 65 tokens, the context holds 64; cut "
+        "it (1 of 31 texts)"
+    )
+    with refuses(message):
+        ask(long, progress=lambda *_: pytest.fail("trained"))
+
+
+def test_a_loss_that_breaks_after_the_study_names_the_batch(experiment, monkeypatch):
+    step = Trainer.step
+
+    def breaks(self, *parts):
+        if self.update == 8:  # the study has 6 updates
+            self.module.get_output_embeddings().weight.data.fill_(np.nan)
+        return step(self, *parts)
+
+    monkeypatch.setattr(Trainer, "step", breaks)
+    message = (
+        "study_and_retain: the loss is nan at update 9; lower the learning rate (it is 0.01); its "
+        "batch is number 3 of the new text"
+    )
+    with refuses(message):
+        ask(experiment)
 
 
 def test_lists_that_are_refused(experiment):
@@ -450,6 +662,19 @@ def test_differences_and_share_by_hand():
     assert set(kept["of"]) == {"recall_token"} and set(curve["item"]) == {"all"}
 
 
+def test_a_list_that_went_on_improving_keeps_more_than_all():
+    # net gains .6 at lag 0 and .8 - .0 at lag 5: four thirds, which is no contradiction; a share of
+    # tokens above 1 is one
+    better = {k: (row[0], row[1], 1.0 if k[0] == "studied" else 0.2) for k, row in HAND.items()}
+    kept = retention_curve(panel(better)).query("metric == 'retention'")
+    assert value(kept, lag=5) == pytest.approx(4 / 3)
+    worse = {k: (row[0], row[1], 0.1 if k[0] == "studied" else 0.2) for k, row in HAND.items()}
+    kept = retention_curve(panel(worse)).query("metric == 'retention'")
+    assert value(kept, lag=5) == pytest.approx(-1 / 6)
+    with pytest.raises(InputError):
+        retention_curve(panel({k: (0.1, 1.2, 0.5) for k in HAND}))
+
+
 def test_drift_of_both_lists_is_taken_out():
     drifted = {
         key: tuple(v + d for v, d in zip(row, (0, 0.05, 0.1), strict=True))
@@ -537,6 +762,12 @@ def test_what_retention_curve_refuses():
         "a gain needs the measurement before study"
     ):
         retention_curve(panel({k: v for k, v in HAND.items() if k[0] == "studied"}))
+    gap = panel(HAND)
+    gap = gap[~((gap["group"] == "control") & (gap["lag"] == 5))]
+    with refuses(
+        "retention_curve: no rows of group 'control' at lag 5; drift needs controls at every lag"
+    ):
+        retention_curve(gap)
     with refuses("retention_curve: 1 draws, an interval needs at least 2"):
         retention_curve(panel(HAND), draws=1)
 

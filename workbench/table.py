@@ -72,6 +72,7 @@ class Metric:
 
 
 OURS = "the workbench"
+EBBINGHAUS = "Ebbinghaus (1885), Über das Gedächtnis"
 CARLINI = "Carlini et al. (2022), Quantifying memorization"
 BIDERMAN = "Biderman et al. (2023), Emergent and predictable memorization"
 LESCI = "Lesci et al. (2024), Causal estimation of memorisation profiles"
@@ -88,7 +89,22 @@ SCHWARZSCHILD = (
 )
 PRASHANTH = "Prashanth et al. (2024), Recite, reconstruct, recollect"
 BURNHAM = "Burnham & Anderson (2002), Model selection and multimodel inference"
+HARNESS = "Gao et al. (2023), A framework for few-shot language model evaluation"
+CHANG = "Chang et al. (2024), How do LLMs acquire factual knowledge during pretraining?"
 MORRIS = "Morris et al. (2025), How much do language models memorize?"
+TONEVA = "Toneva et al. (2019), An empirical study of example forgetting"
+KAPLAN = "Kaplan & Meier (1958), Nonparametric estimation from incomplete observations"
+MANTEL = "Mantel (1966), Evaluation of survival data and two new rank order statistics"
+COX = "Cox (1972), Regression models and life-tables"
+WEI = "Wei (1992), The accelerated failure time model"
+GEM = "Lopez-Paz & Ranzato (2017), Gradient episodic memory for continual learning"
+RIEMANNIAN = "Chaudhry et al. (2018), Riemannian walk for incremental learning"
+DELANGE = "De Lange et al. (2023), Continual evaluation for lifelong learning: identifying the stability gap"
+LESORT = (
+    "Lesort et al. (2023), Challenging common assumptions about catastrophic forgetting and "
+    "knowledge accumulation"
+)
+DOHARE = "Dohare et al. (2024), Loss of plasticity in deep continual learning"
 
 METRICS: dict[str, Metric] = {
     # one forward pass
@@ -343,6 +359,36 @@ METRICS: dict[str, Metric] = {
     "outcome": Metric("outcome", "", None, None, None, "", "the user's panel",
         formula="as it came",
     ),
+    # results of other tools
+    "accuracy": Metric("accuracy", "share of items", 0.0, 1.0, None, "high", HARNESS,
+        formula="items answered right / items",
+    ),
+    "accuracy_norm": Metric(
+        "accuracy, likelihoods per byte of the answer", "share of items", 0.0, 1.0, None, "high", HARNESS,
+        formula="items whose right answer has the highest log-likelihood / length in bytes, over items",
+    ),
+    "exact_match": Metric("exact match", "share of items", 0.0, 1.0, None, "high", HARNESS,
+        formula="items whose generated answer equals a right one / items",
+    ),
+    "task_score": Metric("score, higher is better", "", None, None, None, "high", "the results read",
+        formula="as it came, its name in source_metric",
+    ),
+    "task_loss": Metric("score, lower is better", "", None, None, None, "low", "the results read",
+        formula="as it came, its name in source_metric",
+    ),
+    "by_chance": Metric("probability that chance alone shows this", "", 0.0, 1.0, None, "low", OURS,
+        formula="min(1, p · comparisons made), p that of one comparison; see audit_results",
+    ),
+    "peak_drop": Metric(
+        "fall from the peak to the end",
+        "unit of the score",
+        0.0,
+        None,
+        0.0,
+        "low",
+        "Chernozhukov, Lee & Rosen (2013), Intersection bounds: estimation and inference",
+        formula="max(0, max_s (y_s − y_T − c₅₀ · standard error)), c₅₀ the median of the largest noise",
+    ),
     "memorization": Metric("memorization (ATT)", "nats per token", None, None, 0.0, "high", LESCI,
         formula="ATT(g, t) = mean over cohort g of (Y_t − Y_b) − mean over controls of (Y_t − Y_b)",
     ),
@@ -369,6 +415,23 @@ METRICS: dict[str, Metric] = {
         "smallest effect detectable at 80 % power", "nats per token", 0.0, None, None, "low", OURS,
         formula="(z_{.975} + z_{.80}) · standard error",
     ),
+    "effectivity": Metric(
+        "effectivity of an injection", "nats per token", None, None, 0.0, "high", CHANG,
+        formula="max over the window of log p(target | prefix) − the same just before the injection",
+    ),
+    "gain": Metric(
+        "gain since before the first injection", "nats per token", None, None, 0.0, "high", CHANG,
+        formula="log p(target | prefix) at t_LAM + t − the same just before the first injection",
+    ),
+    "retainability": Metric(
+        "share of the gain that is left since its best", "share", None, None, 0.0, "high", CHANG,
+        formula="mean gain at t_LAM + t / mean gain at t_LAM",
+    ),
+    "decay_constant": Metric(
+        "share of the gain lost as time grows tenfold", "share per decade", None, None, 0.0, "low",
+        CHANG,
+        formula="b of the least-squares line a − b log10 t through retainability",
+    ),
     "retention": Metric(
         "share of the gain that is left",
         "share",
@@ -379,6 +442,23 @@ METRICS: dict[str, Metric] = {
         "Chang et al. (2024), How do LLMs acquire factual knowledge during pretraining?",
         formula="gain at lag t / gain at lag 0",
     ),
+    "updates_to_criterion": Metric(
+        "updates until a text is learned", "updates", 0.0, None, None, "low", EBBINGHAUS,
+        formula="first u with loss(u) ≤ criterion · loss before study, on a line between askings",
+    ),
+    "savings": Metric("savings in relearning", "share of updates", None, 1.0, 0.0, "high", EBBINGHAUS,
+        formula="1 − updates to relearn / updates to learn first; net: each over the controls' own",
+    ),
+    "spurious_forgetting": Metric(
+        "share of what was forgotten that re-alignment brings back",
+        "share",
+        None,
+        None,
+        0.0,
+        "",
+        "Zheng et al. (2025), Spurious forgetting in continual learning of language models",
+        formula="(recovered − observed) / (initial − observed)",
+    ),
     "aicc": Metric("corrected Akaike criterion", "", None, None, None, "low", BURNHAM,
         formula="n log(RSS / n) + 2 k + 2 k (k + 1) / (n − k − 1), k with the error variance",
     ),
@@ -387,6 +467,11 @@ METRICS: dict[str, Metric] = {
     ),
     "half_life": Metric("half-life", "updates", 0.0, None, None, "high", OURS,
         formula="t at which the fitted r(t) is r(0) / 2",
+    ),
+    "learnability_threshold": Metric(
+        "learnability threshold", "updates", 0.0, None, None, "high",
+        "Chang et al. (2024), How do LLMs acquire factual knowledge during pretraining?",
+        formula="10^(a / b): t at which the semi-log line a − b log10 t reaches 0",
     ),
     "rmse": Metric("root mean squared error", "", 0.0, None, None, "low", OURS,
         formula="sqrt(mean (r(t) − fit)²)",
@@ -400,6 +485,18 @@ METRICS: dict[str, Metric] = {
     ),
     "residual": Metric("residual", "", None, None, 0.0, "", OURS,
         formula="observed − fitted",
+    ),
+    "early_share": Metric("share of the loss that came early", "share", None, None, None, "low", OURS,
+        formula="(r(first) − r(split)) / (r(first) − r(last))",
+    ),
+    "decade_loss": Metric("lost per tenfold of time", "", None, None, 0.0, "low", OURS,
+        formula="−slope of r on log10(1 + t), over the points before or after the split",
+    ),
+    "item_sd": Metric("spread of the items", "", 0.0, None, 0.0, "", OURS,
+        formula="standard deviation between items of a parameter, noise taken out (REML)",
+    ),
+    "residual_sd": Metric("spread around an item's own line", "", 0.0, None, None, "low", OURS,
+        formula="standard deviation of value − the item's fitted line (REML)",
     ),
     **{
         f"param_{name}": Metric(f"parameter {name}", "", None, None, None, "", OURS, "see the law")
@@ -503,6 +600,32 @@ METRICS: dict[str, Metric] = {
         "activation energy, memorized over clean", "ratio", 0.0, None, 1.0, "", MERULLO,
         formula="band energy of memorized texts / of clean texts",
     ),
+    # base against tuned
+    "kl_base_tuned": Metric(
+        "KL(base || tuned)", "nats per token", 0.0, None, None, "low",
+        "Shenfeld et al. (2025), RL's razor: why online reinforcement learning forgets less",
+        formula="(1/n) Σ_t Σ_v p_base(v | x_{<t}) log(p_base(v | x_{<t}) / p_tuned(v | x_{<t}))",
+    ),
+    "forgetting_loss": Metric(
+        "forgetting loss", "nats per token", 0.0, None, None, "low",
+        "Kalajdzievski (2024), Scaling laws for forgetting when fine-tuning large language models",
+        formula="−(1/n) Σ_t Σ_v p_base(v | x_{<t}) log p_tuned(v | x_{<t})",
+    ),
+    "net_change": Metric("change beyond the controls'", "", None, None, 0.0, "", OURS,
+        formula="mean change of the group − mean change of the controls",
+    ),
+    "memorized_share": Metric("memorized by the tuning", "share of items", 0.0, 1.0, None, "", OURS,
+        formula="items better by more than 97.5 % of further controls would be / items",
+    ),
+    "forgotten_share": Metric("forgotten in the tuning", "share of items", 0.0, 1.0, None, "", OURS,
+        formula="items worse by more than 97.5 % of further controls would be / items",
+    ),
+    "lost_share": Metric("known before, lost", "share of items", 0.0, 1.0, None, "low", OURS,
+        formula="items known before and not after / items known before",
+    ),
+    "gained_share": Metric("not known before, learned", "share of items", 0.0, 1.0, None, "high", OURS,
+        formula="items known after and not before / items not known before",
+    ),
     # exposure, guesses, compression, prediction, life lines
     "exposure": Metric("exposure", "bits", 0.0, None, 1.4427, "high", SECRET,
         formula="log2 candidates − log2 rank, the text counted among them",
@@ -565,6 +688,147 @@ METRICS: dict[str, Metric] = {
     ),
     "event_step": Metric("checkpoint that first shows it", "updates", 0.0, None, None, "", OURS,
         formula="first checkpoint at which the event is seen",
+    ),
+    # survival of memories
+    "forgetting_events": Metric("times forgotten", "events", 0.0, None, None, "low", TONEVA,
+        formula="looks at which a text is not known although it was at the look before",
+    ),
+    "margin": Metric(
+        "gain above that of texts never trained on", "nats per token", None, None, None, "high", OURS,
+        formula="(Y_t − Y_b) − quantile over controls of (Y_t − Y_b)",
+    ),
+    "survival_time": Metric("time until it is lost", "updates", 0.0, None, None, "high", OURS,
+        formula="lag of the first look that finds it lost, or of the last look where none does",
+    ),
+    "survival": Metric("still remembered", "share of texts", 0.0, 1.0, None, "high", KAPLAN,
+        formula="S(t) = Π_{t_j ≤ t} (1 − d_j / n_j), d lost and n at risk; Turnbull: the most likely S",
+    ),
+    "hazard": Metric("lost since the look before", "share of those at risk", 0.0, 1.0, None, "low", KAPLAN,
+        formula="d_j / n_j",
+    ),
+    "median_survival": Metric("median survival", "updates", 0.0, None, None, "high", KAPLAN,
+        formula="first t with S(t) ≤ ½",
+    ),
+    "log_rank": Metric("log-rank statistic", "chi-square", 0.0, None, None, "", MANTEL,
+        formula="(O − E)ᵀ V⁻ (O − E), O losses and E those expected if all groups had one hazard",
+    ),
+    "p_value_log_rank": Metric("p-value of the log-rank test", "", 0.0, 1.0, None, "", MANTEL,
+        formula="P(χ² ≥ statistic), degrees of freedom the groups less one",
+    ),
+    "p_value_holm": Metric(
+        "p-value of the log-rank test, for all pairs at once", "", 0.0, 1.0, None, "",
+        "Holm (1979), A simple sequentially rejective multiple test procedure",
+        formula="running maximum of (m − i + 1) p_(i) over the m sorted p-values, at most 1",
+    ),
+    "hazard_ratio": Metric("hazard ratio", "", 0.0, None, 1.0, "low", COX,
+        formula="exp(β) at the largest partial likelihood, ties after Efron",
+    ),
+    "time_ratio": Metric("time ratio", "", 0.0, None, 1.0, "high", WEI,
+        formula="exp(β) of log T = α + β x + error",
+    ),
+    "p_value_ratio": Metric("p-value of a ratio of 1", "", 0.0, 1.0, None, "", COX,
+        formula="P(|Z| ≥ |β / se|)",
+    ),
+    "p_value_proportional": Metric(
+        "p-value of proportional hazards", "", 0.0, 1.0, None, "",
+        "Grambsch & Therneau (1994), Proportional hazards tests and diagnostics",
+        formula="P(χ²₁ ≥ statistic) of scaled Schoenfeld residuals against the rank of time",
+    ),
+    "shape": Metric("shape of the law of survival", "", 0.0, None, None, "", WEI,
+        formula="Weibull ρ, log-normal σ, log-logistic β",
+    ),
+    "concordance": Metric(
+        "concordance index", "share of pairs", 0.0, 1.0, 0.5, "high",
+        "Harrell et al. (1982), Evaluating the yield of medical tests",
+        formula="pairs whose order of loss is foretold, ties a half / pairs whose order is known",
+    ),
+    "aic": Metric("Akaike criterion", "", None, None, None, "low", BURNHAM,
+        formula="−2 log-likelihood (Cox: partial) + 2 k",
+    ),
+    # streams of tasks: R[t, i] the score on task i after training task t
+    "acc": Metric("average accuracy", "unit of the score", None, None, None, "high", GEM,
+        formula="mean over i of R[T,i]",
+    ),
+    "average_incremental_accuracy": Metric(
+        "average incremental accuracy",
+        "unit of the score",
+        None,
+        None,
+        None,
+        "high",
+        "Rebuffi et al. (2017), iCaRL: Incremental classifier and representation learning",
+        formula="mean over t of the mean over i ≤ t of R[t,i]",
+    ),
+    "bwt": Metric("backward transfer", "unit of the score", None, None, 0.0, "high", GEM,
+        formula="1/(T−1) Σ_{i<T} R[T,i] − R[i,i]",
+    ),
+    "bwt_gem_code": Metric(
+        "backward transfer, as its authors' code has it", "unit of the score", None, None, 0.0, "high", GEM,
+        formula="1/T Σ_{i<T} R[T,i] − R[i,i]",
+    ),
+    "fwt": Metric("forward transfer", "unit of the score", None, None, 0.0, "high", GEM,
+        formula="1/(T−1) Σ_{i>1} R[i−1,i] − b_i",
+    ),
+    "forgetting": Metric("forgetting (from the best)", "unit of the score", None, None, 0.0, "low", RIEMANNIAN,
+        formula="1/(T−1) Σ_{j<T} max_{l<T} R[l,j] − R[T,j]",
+    ),
+    "forgetting_mammoth": Metric(
+        "forgetting (from the best, the end counted)",
+        "unit of the score",
+        0.0,
+        None,
+        0.0,
+        "low",
+        "Mammoth, Buzzega et al. (2020), Dark experience for general continual learning",
+        formula="1/(T−1) Σ_{j<T} max_l R[l,j] − R[T,j]",
+    ),
+    "forgetting_avalanche": Metric(
+        "forgetting (first minus last)",
+        "unit of the score",
+        None,
+        None,
+        0.0,
+        "low",
+        "Lomonaco et al. (2021), Avalanche: an end-to-end library for continual learning",
+        formula="1/(T−1) Σ_{j<T} R[j,j] − R[T,j]",
+    ),
+    "intransigence": Metric("intransigence", "unit of the score", None, None, 0.0, "low", RIEMANNIAN,
+        formula="mean over k of a*_k − R[k,k], a* trained jointly",
+    ),
+    "lca": Metric(
+        "learning-curve area",
+        "unit of the score",
+        None,
+        None,
+        None,
+        "high",
+        "Chaudhry et al. (2019), Efficient lifelong learning with A-GEM",
+        formula="mean over b = 0 … β, and over tasks, of the score after b updates of the task",
+    ),
+    "min_acc": Metric("worst score since the task ended", "unit of the score", None, None, None, "high", DELANGE,
+        formula="mean over old tasks of the minimum since their own training ended",
+    ),
+    "wc_acc": Metric("worst-case score", "unit of the score", None, None, None, "high", DELANGE,
+        formula="score(k)/k + (1 − 1/k) · min_acc",
+    ),
+    "wf": Metric("windowed forgetting", "unit of the score", 0.0, None, None, "low", DELANGE,
+        formula="mean over tasks of the largest drop inside w consecutive evaluations, at least 0",
+    ),
+    "wp": Metric("windowed plasticity", "unit of the score", 0.0, None, None, "high", DELANGE,
+        formula="mean over tasks of the largest gain inside w consecutive evaluations, at least 0",
+    ),
+    "forgotten_between": Metric("lost until the task came again", "unit of the score", None, None, 0.0, "low", LESORT,
+        formula="score after presentation j − 1 less the score just before presentation j",
+    ),
+    "accumulation": Metric("gained beyond the first presentation", "unit of the score", None, None, 0.0, "high", LESORT,
+        formula="score after presentation j less the score after the first",
+    ),
+    "plasticity_loss": Metric("learned worse than alone", "unit of the score", None, None, 0.0, "low", DOHARE,
+        formula="score of the task learned alone less its score learned in the stream, equal updates",
+    ),
+    "plasticity_trend": Metric(
+        "change of plasticity loss for each task before", "unit of the score per task", None, None, 0.0, "low", DOHARE,
+        formula="least-squares slope of plasticity loss over the place in the stream",
     ),
 }  # fmt: skip
 

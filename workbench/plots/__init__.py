@@ -9,17 +9,31 @@ from workbench.plots.curvature import plot_band_ratio, plot_edit_sweep, plot_spe
 from workbench.plots.curves import plot_curve, plot_groups, plot_truth
 from workbench.plots.dose import plot_dose
 from workbench.plots.extraction import plot_discoverable, plot_scan
-from workbench.plots.forgetting import plot_forgetting, plot_laws
+from workbench.plots.facts import plot_effectivity, plot_fact_trace, plot_retainability
+from workbench.plots.finetuning import plot_before_after, plot_tuning
+from workbench.plots.forgetting import plot_forgetting, plot_laws, plot_residuals
 from workbench.plots.items import plot_life_lines, plot_two_clocks
 from workbench.plots.membership import plot_auc, plot_roc
 from workbench.plots.prediction import plot_exposure, plot_prediction
 from workbench.plots.profile import plot_event_study, plot_profile
+from workbench.plots.results import plot_audit, plot_results
 from workbench.plots.retention import plot_recall, plot_recognition, plot_retention
+from workbench.plots.savings import plot_savings
+from workbench.plots.streams import (
+    plot_accuracy_matrix,
+    plot_matrix_measures,
+    plot_plasticity,
+    plot_stability_gap,
+)
+from workbench.plots.survival import plot_hazards, plot_survival
 from workbench.plots.truth import plot_coverage
 
 __all__ = [
+    "plot_accuracy_matrix",
     "plot_auc",
+    "plot_audit",
     "plot_band_ratio",
+    "plot_before_after",
     "plot_bits_per_parameter",
     "plot_capacity",
     "plot_coverage",
@@ -27,20 +41,32 @@ __all__ = [
     "plot_discoverable",
     "plot_dose",
     "plot_edit_sweep",
+    "plot_effectivity",
     "plot_event_study",
     "plot_exposure",
+    "plot_fact_trace",
     "plot_forgetting",
     "plot_groups",
+    "plot_hazards",
     "plot_laws",
     "plot_life_lines",
+    "plot_matrix_measures",
+    "plot_plasticity",
     "plot_prediction",
     "plot_profile",
     "plot_recall",
     "plot_recognition",
+    "plot_residuals",
+    "plot_results",
+    "plot_retainability",
     "plot_retention",
     "plot_roc",
+    "plot_savings",
     "plot_scan",
     "plot_spectrum",
+    "plot_stability_gap",
+    "plot_survival",
     "plot_truth",
+    "plot_tuning",
     "plot_two_clocks",
 ]

@@ -62,12 +62,7 @@ def plot_forgetting(
         if law not in known:
             raise InputError(f"plot_forgetting: no fits of {law!r}; there are {', '.join(known)}")
     names = list(points[panel].unique())
-    columns = min(3, len(names))
-    deep = -(-len(names) // columns)
-    figure = make_subplots(
-        deep, columns, subplot_titles=[shown(panel, n) for n in names], shared_xaxes=True,
-        shared_yaxes=True, horizontal_spacing=0.03, vertical_spacing=0.22 / deep,
-    )  # fmt: skip
+    figure, columns, deep = _panels(panel, names)
     for index, name in enumerate(names):
         place = {"row": index // columns + 1, "col": index % columns + 1}
         fit = fits[fits[panel] == name]
@@ -79,20 +74,93 @@ def plot_forgetting(
             trace.showlegend = bool(trace.showlegend is not False and index == 0)
             figure.add_trace(trace, **place)
         figure.add_trace(_law_points(points[points[panel] == name], x, index == 0), **place)
-    styled(figure, title=title or "Forgetting", x="", y="", height=max(HEIGHT, 300 * deep + 120))
-    ticks = lag_ticks(points[x])
+    _dress(figure, points[x], x, columns, deep, title or "Forgetting")
+    return figure.update_yaxes(title_text=metric.axis, col=1)
+
+
+def _panels(panel: str, names: Sequence) -> tuple[go.Figure, int, int]:
+    columns = min(3, len(names))
+    deep = -(-len(names) // columns)
+    figure = make_subplots(
+        deep, columns, subplot_titles=[shown(panel, n) for n in names], shared_xaxes=True,
+        shared_yaxes=True, horizontal_spacing=0.03, vertical_spacing=0.22 / deep,
+    )  # fmt: skip
+    return figure, columns, deep
+
+
+def _dress(
+    figure: go.Figure, lags: pd.Series, x: str, columns: int, deep: int, title: str
+) -> go.Figure:
+    """Title, logarithmic axes with the lags themselves as ticks, and a line at 0."""
+    styled(figure, title=title, x="", y="", height=max(HEIGHT, 300 * deep + 120))
+    ticks = lag_ticks(lags)
     for key in ("tickvals", "ticktext"):
         ticks[key] = ticks[key][:: min(2, columns)]  # a narrow panel has room for half of them
     figure.update_xaxes(**ticks, showticklabels=True, tickangle=0)
     for col in range(1, columns + 1):
         figure.update_xaxes(title_text=f"{x} [updates], spaced as 1 + {x}", row=deep, col=col)
-    figure.add_hline(y=0, line={"dash": "dot", "color": GREY, "width": 1})
-    return figure.update_yaxes(title_text=metric.axis, col=1)
+    return figure.add_hline(y=0, line={"dash": "dot", "color": GREY, "width": 1})
+
+
+def plot_residuals(
+    fits: pd.DataFrame,
+    *,
+    x: str = "lag",
+    panel: str = "group",
+    laws: Sequence[str] | None = None,
+    title: str = "",
+) -> go.Figure:
+    """What each law leaves: measured less fitted against time, a panel per curve.
+
+    The law with the largest Akaike weight in its panel is thick. Residuals that wander on one side
+    of 0 say that the curve bends otherwise than the law; such as scatter about it are noise.
+
+    Args:
+        fits: What ``fit_forgetting`` gives.
+        panel: The coordinate that tells curves apart.
+        laws: Which to draw; None draws all.
+
+    Raises:
+        InputError: No residuals, an unknown column or law, or several residuals per law and x.
+    """
+    fits = validate(fits)
+    has_columns("plot_residuals", {"fits": fits}, (x, panel, "law"))
+    left = rows_of(fits, "residual", "plot_residuals")
+    known = list(dict.fromkeys(fits["law"].astype(str)))
+    for law in laws or ():
+        if law not in known:
+            raise InputError(f"plot_residuals: no fits of {law!r}; there are {', '.join(known)}")
+    if left.duplicated([panel, "law", x]).any():
+        raise InputError(f"plot_residuals: several residuals per ({panel}, law, {x}); select first")
+    names = list(left[panel].unique())
+    figure, columns, deep = _panels(panel, names)
+    for index, name in enumerate(names):
+        best = _best(fits[fits[panel] == name])
+        for law in laws or known:
+            line = left[(left[panel] == name) & (left["law"] == law)].sort_values(x)
+            shade, place = colour(known.index(law)), known.index(law) % len(MARKERS)
+            trace = go.Scatter(
+                x=line[x] + 1, y=line["value"].round(6), name=law.replace("_", " "),
+                legendgroup=law, showlegend=index == 0, mode="lines+markers", customdata=line[x],
+                line={"color": shade, "width": 3 if law == best else 1},
+                marker={"symbol": MARKERS[place], "size": 8 if law == best else 5},
+                opacity=1.0 if law == best else 0.6,
+                hovertemplate=f"%{{customdata}}: %{{y:.3f}}<extra>{law}</extra>",
+            )  # fmt: skip
+            figure.add_trace(trace, row=index // columns + 1, col=index % columns + 1)
+    _dress(figure, left[x], x, columns, deep, title or "What each law leaves")
+    return figure.update_yaxes(title_text="measured − fitted", col=1)
+
+
+def _best(fit: pd.DataFrame) -> str | None:
+    """The law of the largest Akaike weight among the fits of one curve."""
+    weight = fit[(fit["metric"] == "weight") & fit["value"].notna()]
+    return str(weight.loc[weight["value"].idxmax(), "law"]) if len(weight) else None
 
 
 def _law_lines(fit: pd.DataFrame, x: str, known: Sequence[str], laws: Sequence[str]) -> list:
     weight = fit[(fit["metric"] == "weight") & fit["value"].notna()].set_index("law")["value"]
-    best = str(weight.idxmax()) if len(weight) else None
+    best = _best(fit)
     traces = []
     for law in laws:
         curve = fit[(fit["metric"] == "fitted") & (fit["law"] == law)].sort_values(x)
@@ -133,7 +201,8 @@ def plot_laws(
 
     Args:
         fits: What ``fit_forgetting`` gives.
-        metric: "weight", "half_life", "rmse", "rmse_holdout", "aicc" or a parameter.
+        metric: "weight", "half_life", "learnability_threshold", "rmse", "rmse_holdout", "aicc" or a
+            parameter.
         by: The coordinate that tells curves apart.
 
     Raises:
@@ -162,12 +231,15 @@ def plot_laws(
             continue
         # laws side by side within a curve's row
         shift = 0.6 * ((index + 0.5) / len(laws) - 0.5)
+        endless = np.isinf(part["hi"])  # plotly draws no bar at all to infinity
         dot = go.Scatter(
-            x=part["value"].round(6), y=[p + shift for p in place], mode="markers", **common
-        )
+            x=part["value"].round(6), y=[p + shift for p in place], mode="markers+text", **common,
+            text=np.where(endless, " → ∞", ""), textposition="middle right",
+        )  # fmt: skip
         dot.update(
             marker={"color": colour(index), "symbol": MARKERS[index % len(MARKERS)], "size": 8},
-            error_x=whiskers(part) | {"color": see_through(colour(index), 0.5)},
+            error_x=whiskers(part.assign(hi=part["hi"].mask(endless, part["value"])))
+            | {"color": see_through(colour(index), 0.5)},
             hovertemplate=METRICS[metric].label + told,
         )
         figure.add_trace(dot)
@@ -190,6 +262,6 @@ def plot_laws(
         range=None,
         automargin=True,
     )
-    if metric in ("half_life", "rmse", "rmse_holdout"):
+    if metric in ("half_life", "learnability_threshold", "rmse", "rmse_holdout"):
         figure.update_xaxes(type="log")
     return figure.update_layout(barmode="stack")

@@ -20,8 +20,12 @@ def plot_recognition(table: pd.DataFrame, *, title: str = "") -> go.Figure:
         InputError: No such rows, or several per (foil, group, lag).
     """
     rows = _of_lag(table, ["recognition"], "plot_recognition")
-    panels = {f"against {foil}": part for foil, part in rows.groupby("foil", observed=True)}
-    figure = _lag_panels(panels, columns=len(panels), y=METRICS["recognition"].axis, height=HEIGHT)
+    panels = {
+        FOIL_TITLES.get(str(f), f"against {f}"): p for f, p in rows.groupby("foil", observed=True)
+    }
+    columns = min(3, len(panels))
+    height = int(HEIGHT * (1.5 if len(panels) > columns else 1))
+    figure = _lag_panels(panels, columns=columns, y=METRICS["recognition"].unit, height=height)
     figure.add_hline(y=0.5, line={"dash": "dot", "color": GREY, "width": 1})
     figure.update_yaxes(range=[-0.03, 1.03])
     return figure.update_layout(title_text=title or "Recognition of what was studied")
@@ -70,6 +74,14 @@ def plot_retention(table: pd.DataFrame, *, title: str = "") -> go.Figure:
 
 
 LAG_AXIS = "updates since the study ended"
+FOIL_TITLES = {
+    "unrelated": "against an unrelated text",
+    "paraphrase": "against a paraphrase",
+    "synonym": "against one word swapped",
+    "random": "against random words",
+    "letters": "against shuffled letters",
+    "shuffled": "against its words shuffled",
+}
 
 
 def _of_lag(table: pd.DataFrame, keys: list[str], asker: str) -> pd.DataFrame:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,10 @@ from workbench.models import LanguageModel
 from workbench.table import InputError, rows, validate
 
 ROUGE = ("1", "2", "L")
+RECALL = ("recall_exact", "recall_token", "recall_edit", *(f"recall_rouge{k}" for k in ROUGE))
 BATCH = 128  # texts that are continued at once
+SPARE = 12  # finished rows that are worth a copy of the cache to be rid of
+REMEMBERED = 2**12  # pairs of texts; at neighbouring lags a model often says the same again
 
 
 def probe_recall(model: LanguageModel, items: pd.DataFrame) -> pd.DataFrame:
@@ -39,20 +42,43 @@ def probe_recall(model: LanguageModel, items: pd.DataFrame) -> pd.DataFrame:
     Raises:
         InputError: A text of one token, or longer than the context.
     """
+    return prepare_recall(model, items)(model)
+
+
+def prepare_recall(
+    model: LanguageModel, items: pd.DataFrame
+) -> Callable[[LanguageModel], pd.DataFrame]:
+    """Encode and cut the texts once, where the same are asked for at many steps.
+
+    Args, raises: As :func:`probe_recall`.
+
+    Returns:
+        What gives its table for a model with this one's tokenizer.
+    """
     items = check_items(items)
     tokens = model.encode(items["text"].tolist())
     _refuse(model, items, tokens)
     truth = [each[len(each) // 2 :] for each in tokens]
     prompts = [each[: len(each) // 2] for each in tokens]
-    said = continue_greedily(model, prompts, [len(each) for each in truth])
-    scored = [recall_scores(model, *pair) for pair in zip(said, truth, strict=True)]
-    where = {"run": model.run, "step": model.step, "group": items["group"], "item": items["item"]}
-    parts = []
-    for metric in scored[0]:
-        value = np.array([each[metric] for each in scored])
-        why = np.where(np.isnan(value), "the suffix has too few words", "")
-        parts.append(rows(metric, value, beside={"reason": why}, **where))
-    return validate(pd.concat(parts, ignore_index=True))
+    new = [len(each) for each in truth]
+    where = {"run": model.run, "group": items["group"], "item": items["item"]}
+    # which scores a suffix has at all is known from the suffix
+    lacking = [np.isnan(list(recall_scores(model, each, each).values())) for each in truth]
+    parts = [
+        rows(metric, np.nan, beside={"reason": np.where(no, "the suffix has too few words", "")},
+             **where)
+        for metric, no in zip(RECALL, np.transpose(lacking), strict=True)
+    ]  # fmt: skip
+    frame = validate(pd.concat(parts, ignore_index=True))
+
+    def ask(model: LanguageModel) -> pd.DataFrame:
+        said = continue_greedily(model, prompts, new)
+        scored = [recall_scores(model, *pair) for pair in zip(said, truth, strict=True)]
+        value = np.array([each[metric] for metric in RECALL for each in scored])
+        run = frame["run"].cat.rename_categories([model.run])
+        return frame.assign(run=run, step=model.step, value=value)
+
+    return ask
 
 
 def recall_scores(
@@ -75,6 +101,7 @@ def edit_similarity(said: Sequence[int], truth: Sequence[int]) -> float:
     return Levenshtein.normalized_similarity(list(said), list(truth))
 
 
+@lru_cache(REMEMBERED)
 def rouge(said: str, truth: str) -> dict[str, float]:
     """ROUGE-1, -2 and -L F of two texts (Lin 2004; no stemming), NaN where n words are lacking."""
     scorer = _rouge_scorer()
@@ -99,6 +126,7 @@ def continue_greedily(
     All rows read the length of the shortest prompt at once and go on together, one token a step:
     a row still inside its prompt takes the prompt's token, one past it the argmax. So no row is
     padded on the left, positions are what they are alone, and there is one loop, not one a length.
+    The shortest end first, and leave the cache where its kind allows.
     """
     total = np.array([len(p) + k for p, k in zip(prompts, new, strict=True)])
     order = np.argsort(total, kind="stable")  # rows of like length end together
@@ -113,6 +141,7 @@ def continue_greedily(
 
 @torch.inference_mode()
 def _continue(model, prompts, total) -> Int[np.ndarray, "row pos"]:
+    # total ascends
     lengths = np.array([len(each) for each in prompts])
     given = np.zeros((len(prompts), lengths.max()), dtype=np.int64)
     for row, each in enumerate(prompts):
@@ -122,15 +151,22 @@ def _continue(model, prompts, total) -> Int[np.ndarray, "row pos"]:
     if model.bos is not None:
         ids = np.insert(ids, 0, model.bos, axis=1)
     ids, cache_ = torch.from_numpy(ids.copy()).to(model.device), None
-    whole = [given[:, :start]]
+    whole = np.zeros((len(prompts), total.max()), dtype=np.int64)
+    whole[:, :start] = given[:, :start]
+    first = 0  # rows before it are finished and gone
     for pos in range(start, total.max()):
         out = model.module(input_ids=ids, past_key_values=cache_, use_cache=True, logits_to_keep=1)
         cache_, token = out.past_key_values, out.logits[:, -1].argmax(-1).cpu().numpy()
         if pos < lengths.max():
-            token = np.where(pos < lengths, given[:, pos], token)
-        whole.append(token[:, None])
+            token = np.where(pos < lengths[first:], given[first:, pos], token)
+        whole[first:, pos] = token
+        done = int((total <= pos + 1).sum()) - first
+        if SPARE <= done < len(token) and hasattr(cache_, "batch_select_indices"):
+            left = torch.arange(done, len(token), device=model.device)
+            cache_.batch_select_indices(left)
+            token, first = token[done:], first + done
         ids = torch.from_numpy(token[:, None]).to(model.device)
-    return np.concatenate(whole, axis=1)
+    return whole
 
 
 def _refuse(model: LanguageModel, items: pd.DataFrame, tokens: Sequence) -> None:

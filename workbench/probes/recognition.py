@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from workbench.foils import ITSELF
 from workbench.items import check_items
@@ -38,26 +38,47 @@ def probe_recognition(
         InputError: No foils, a foil of no item, two of a kind for one item, a text of one token or
             longer than the context, NaN losses.
     """
+    return prepare_recognition(model, items, foils)(model)
+
+
+def prepare_recognition(
+    model: LanguageModel, items: pd.DataFrame, foils: pd.DataFrame
+) -> Callable[[LanguageModel], pd.DataFrame]:
+    """Pair, encode and check the texts once, where the same are asked for at many steps.
+
+    Args, raises: As :func:`probe_recognition`.
+
+    Returns:
+        What gives its table for a model with this one's tokenizer.
+    """
     items = check_items(items)
     pairs = _pairs(items, foils)
     texts = list(dict.fromkeys([*items["text"], *pairs["text"]]))
     named = {p.text: f"the {p.foil} foil of item {p.item}" for p in pairs.itertuples()}
     named |= {i.text: f"item {i.item}" for i in items.itertuples()}
-    loss = dict(zip(texts, mean_loss(model, texts, named=named), strict=True))
-    own = items["text"].map(loss)
-    foil = pairs["text"].map(loss).to_numpy()
+    tokens = _encode(model, texts, named)
+    place = {text: at for at, text in enumerate(texts)}
+    own, foil = items["text"].map(place).to_numpy(), pairs["text"].map(place).to_numpy()
     # the item's own loss, once for each of its foils
     beside = pairs["item"].map(dict(zip(items["item"], own, strict=True))).to_numpy()
-    where = {"run": model.run, "step": model.step}
-    pair = {**where, "group": pairs["group"], "item": pairs["item"]}
-    kind = {"foil": pairs["foil"]}
+    pair = {"run": model.run, "group": pairs["group"], "item": pairs["item"]}
+    kind, blank = {"foil": pairs["foil"]}, np.full(len(pairs), np.nan)
     parts = [
-        rows("loss", own, group=items["group"], item=items["item"], **where)
-        .assign(foil=ITSELF),
-        rows("loss", foil, beside=kind, **pair),
-        rows("recognition", forced_choice(beside, foil), beside=kind, **pair),
+        rows("loss", np.full(len(items), np.nan), run=model.run, group=items["group"],
+             item=items["item"]).assign(foil=ITSELF),
+        rows("loss", blank, beside=kind, **pair),
+        rows("recognition", blank, beside=kind, **pair),
     ]  # fmt: skip
-    return validate(pd.concat(parts, ignore_index=True))
+    frame = validate(pd.concat(parts, ignore_index=True))
+
+    def ask(model: LanguageModel) -> pd.DataFrame:
+        loss = _mean_loss(model, tokens, lambda at: named[texts[at]])
+        said = forced_choice(loss[beside], loss[foil])
+        run = frame["run"].cat.rename_categories([model.run])
+        value = np.concatenate([loss[own], loss[foil], said])
+        return frame.assign(run=run, step=model.step, value=value)
+
+    return ask
 
 
 def forced_choice(
@@ -82,6 +103,12 @@ def mean_loss(
     Raises:
         InputError: A text of one token or longer than the context; a loss that is not finite.
     """
+    return _mean_loss(model, _encode(model, texts, named), lambda at: named[texts[at]])
+
+
+def _encode(
+    model: LanguageModel, texts: Sequence[str], named: dict[str, str]
+) -> list[Int[np.ndarray, " pos"]]:
     tokens = model.encode(texts)
     lengths = np.array([len(each) for each in tokens])
     for bad, what in (
@@ -94,7 +121,13 @@ def mean_loss(
                 f"probe_recognition: {named[texts[first]]} has {lengths[first]} tokens, {what} "
                 f"({bad.sum()} of {len(texts)} texts)"
             )
-    loss = np.full(len(texts), np.nan)
+    return tokens
+
+
+def _mean_loss(
+    model: LanguageModel, tokens: Sequence[Int[np.ndarray, " pos"]], named: Callable[[int], str]
+) -> Float[np.ndarray, " text"]:
+    loss = np.full(len(tokens), np.nan)
     for index, scores in model.score_batches(tokens, keep=("log_probability",)):
         scored = np.arange(scores.log_probability.shape[1]) < scores.length[:, None]
         total = np.where(scored, scores.log_probability, 0.0).astype(np.float64).sum(axis=1)
@@ -102,8 +135,8 @@ def mean_loss(
     if not np.isfinite(loss).all():
         first = int(np.flatnonzero(~np.isfinite(loss))[0])
         raise InputError(
-            f"probe_recognition: the loss of {named[texts[first]]} is {loss[first]} at step "
-            f"{model.step} of {model.run}; the weights or their dtype give NaN or Inf"
+            f"probe_recognition: the loss of {named(first)} is {loss[first]} at step {model.step} "
+            f"of {model.run}; the weights or their dtype give NaN or Inf"
         )
     return loss.round(DECIMALS)
 

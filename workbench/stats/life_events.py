@@ -47,9 +47,8 @@ def life_events(
             an item and step, values that are missing.
     """
     table = validate(table)
-    _refuse(table)
-    metric = str(table["metric"].iloc[0])
-    known, rule = _known(table, metric, control, strata, quantile)
+    one_look_each(table, "life_events")
+    known, rule = known_at(table, "life_events", control=control, strata=strata, quantile=quantile)
     groups = [control] if isinstance(control, str) else list(control)
     life = table.groupby(["run", "item"], observed=True, sort=False).ngroup().to_numpy()
     order = np.lexsort((table["step"], life))
@@ -63,7 +62,62 @@ def life_events(
     why = f"at no checkpoint {rule}"
     result["reason"] = np.where(result["event"] == "never", why, "")
     result = validate(result.assign(metric="event_step", n=1))
-    result.attrs = {"rule": rule, "of": metric, "controls": groups}
+    of = str(table["metric"].iloc[0])
+    result.attrs = {"rule": rule, "of": of, "controls": groups}
+    return result
+
+
+def forgetting_events(
+    table: pd.DataFrame,
+    *,
+    control: str | Sequence[str] = ("never", "unseen"),
+    strata: Sequence[str] = ("kind",),
+    quantile: float = 0.95,
+) -> pd.DataFrame:
+    """How often each item was known at one look and not at the next (Toneva et al. 2019).
+
+    Toneva et al., "An empirical study of example forgetting during deep neural network learning",
+    ICLR: an item known at looks 0, 1, 1, 0, 1, 0, 0, 1 was forgotten twice and first learned at the
+    second look. They look at every presentation of the item, and the count is then exact. With
+    checkpoints further apart an item may be lost and regained between two looks, so that the count
+    is a lower bound: ``lo`` is the count and ``hi`` infinite.
+
+    Args:
+        table: Item rows of one metric at two or more steps of each run; what known means is as in
+            :func:`life_events`.
+        control, strata, quantile: As there.
+
+    Returns:
+        One row an item, metric "forgetting_events": 0 for an item never lost once it was known; NaN
+        with a reason where it was never known. Coordinate ``event``: "forgotten", "unforgettable"
+        (known once, and from then on at every look) or "never learned", a class of its own, which
+        Toneva et al. count among the forgotten. ``learned`` is the step at which it was first known.
+        ``step`` is the last look. ``.attrs`` as of :func:`life_events`.
+
+    Raises:
+        InputError: As :func:`life_events`.
+    """
+    events = life_events(table, control=control, strata=strata, quantile=quantile)
+    told = events["event"].astype(str)
+    item = [events["run"].astype(str), events["item"].astype(str)]
+    first = events[events["number"] == 1].reset_index(drop=True)
+    lost = (told == "lost").groupby(item).sum()
+    count = lost[[*zip(first["run"].astype(str), first["item"].astype(str), strict=True)]]
+    never = first["event"].astype(str) == "never"
+    value = np.where(never, np.nan, count.to_numpy())
+    kept = np.where(value == 0, "unforgettable", "forgotten")
+    last = table.groupby("run", observed=True)["step"].max()
+    result = first.drop(columns="number").assign(
+        metric="forgetting_events",
+        value=value,
+        lo=value,
+        hi=np.where(never, np.nan, np.inf),
+        event=np.where(never, "never learned", kept),
+        learned=first["value"],
+        step=first["run"].astype(str).map(last.rename(index=str)),
+    )
+    result = validate(result)
+    result.attrs = events.attrs
     return result
 
 
@@ -89,20 +143,36 @@ def _events(
     return place[order], name[order].astype(str), lo[order]
 
 
-def _known(table, metric: str, control, strata, quantile: float) -> tuple[np.ndarray, str]:
-    value = table["value"]
+def known_at(
+    table: pd.DataFrame,
+    asker: str,
+    *,
+    control: str | Sequence[str],
+    strata: Sequence[str],
+    quantile: float,
+    threshold: float | None = None,
+) -> tuple[Bool[np.ndarray, " row"], str]:
+    """Whether an item is known at each row, and the rule by which: see :func:`life_events`.
+
+    With a ``threshold`` the score is held against it and not against the controls.
+    """
+    value, metric = table["value"], str(table["metric"].iloc[0])
     share = (METRICS[metric].low, METRICS[metric].high) == (0.0, 1.0)
-    if share and value.isin([0.0, 1.0]).all():
+    if threshold is None and share and value.isin([0.0, 1.0]).all():
         return (value == 1).to_numpy(), f"{METRICS[metric].label}"
     better = METRICS[metric].better
     if not better:
-        raise InputError(f"life_events: {metric} is neither better high nor low")
+        raise InputError(f"{asker}: {metric} is neither better high nor low")
     sign = 1.0 if better == "high" else -1.0
+    if threshold is not None:
+        side = "above" if better == "high" else "below"
+        above = (sign * value > sign * threshold).to_numpy()
+        return above, f"{METRICS[metric].label} {side} {threshold:g}"
     groups = {control} if isinstance(control, str) else set(control)
     never = table["group"].astype(str).isin(groups)
     if not never.any():
         raise InputError(
-            f"life_events: no rows of group {' or '.join(sorted(groups))} to compare a score with; "
+            f"{asker}: no rows of group {' or '.join(sorted(groups))} to compare a score with; "
             "name the controls, or give verdicts such as extractable"
         )
     place = ["run", "step", *(name for name in strata if name in table.columns)]
@@ -113,29 +183,34 @@ def _known(table, metric: str, control, strata, quantile: float) -> tuple[np.nda
     if np.isnan(limit).any():
         first = table[np.isnan(limit)].iloc[0]
         where = ", ".join(f"{name}={first[name]}" for name in place)
-        raise InputError(f"life_events: no controls at {where}; leave those rows out")
+        raise InputError(f"{asker}: no controls at {where}; leave those rows out")
     return (score > limit).to_numpy(), f"better than {quantile:.0%} of the controls"
 
 
-def _refuse(table: pd.DataFrame) -> None:
+def one_look_each(table: pd.DataFrame, asker: str) -> None:
+    """Refuse all but whole rows of one metric, one an item and step, at two or more steps.
+
+    Raises:
+        InputError: As said.
+    """
     if table["metric"].nunique() != 1:
         held = ", ".join(sorted(set(table["metric"].astype(str)))) or "none"
-        raise InputError(f"life_events: needs rows of one metric, got {held}; select one first")
+        raise InputError(f"{asker}: needs rows of one metric, got {held}; select one first")
     if table["value"].isna().any():
         first = table[table["value"].isna()].iloc[0]
         raise InputError(
-            f"life_events: {table['value'].isna().sum()} values are missing (first: item "
+            f"{asker}: {table['value'].isna().sum()} values are missing (first: item "
             f"{first['item']} at step {first['step']}); leave those items out"
         )
     again = table.duplicated(["run", "item", "step"])
     if again.any():
         first = table[again].iloc[0]
         raise InputError(
-            f"life_events: item {first['item']} has several rows at step {first['step']} of "
+            f"{asker}: item {first['item']} has several rows at step {first['step']} of "
             f"{first['run']}; select one"
         )
     steps = table.groupby("run", observed=True)["step"].nunique()
     if steps.min() < 2:
         raise InputError(
-            f"life_events: run {steps.idxmin()} has one checkpoint; events need two or more"
+            f"{asker}: run {steps.idxmin()} has one checkpoint; events need two or more"
         )

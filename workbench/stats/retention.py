@@ -49,7 +49,8 @@ def retention_curve(table: pd.DataFrame, *, draws: int = 1000, seed: int = 0) ->
           where the first net gain is not told from 0.
 
     Raises:
-        InputError: Missing columns, a group, or the measurement before study; draws below 2.
+        InputError: Missing columns, a group at some lag, or the measurement before study; draws
+            below 2.
     """
     table = validate(table)
     _refuse(table, draws)
@@ -225,3 +226,11 @@ def _refuse(table: pd.DataFrame, draws: int) -> None:
                     f"retention_curve: no rows of group {group!r} in phase {phase!r}; drift needs "
                     "controls, and a gain needs the measurement before study"
                 )
+    after = table[table["phase"] == "after"]
+    for group in (STUDIED, CONTROL):
+        absent = set(after["lag"]) - set(after.loc[after["group"] == group, "lag"])
+        if absent:
+            raise InputError(
+                f"retention_curve: no rows of group {group!r} at lag {min(absent):g}; drift needs "
+                "controls at every lag"
+            )
