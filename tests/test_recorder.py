@@ -554,6 +554,19 @@ def test_a_mark_is_probed_whatever_it_costs(tmp_path, clock):
     assert table.attrs["passport"]["skipped"][0] == {"due": 1, "made": 2, "why": "budget"}
 
 
+def test_looking_for_items_counts_as_probing(tmp_path, clock, monkeypatch):
+    def slow(*given):
+        clock.at += 2.0
+        return iter(())
+
+    clock.cost = 0.0
+    recorder = recording(tmp_path).start()
+    monkeypatch.setattr(recorder_module, "_find", slow)
+    recorder.saw([[1, 2]])
+    clock.at += 8.0
+    assert recorder.overhead == pytest.approx(2 / 8)
+
+
 def test_seconds_of_the_run_before_count(tmp_path, clock):
     recorder = recording(tmp_path, budget=0.5)
     timed(recorder, clock, 4, cost=1.0)
