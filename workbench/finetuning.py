@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -186,9 +185,7 @@ def tune_briefly(
         )
     if base.bos is not None:
         texts = [np.insert(ids, 0, base.bos) for ids in texts]
-    tuned = replace(
-        base, module=copy.deepcopy(base.module).float(), run=f"{base.run}, tuned", _own_head={}
-    )
+    tuned = replace(base.copy(), run=f"{base.run}, tuned")
     trainer = Trainer(tuned.module, learning_rate)
     with tempfile.TemporaryDirectory() as folder:
         recorder = RetentionRecorder(

@@ -6,7 +6,6 @@ The caller's model is never touched: a copy goes on with its pre-training.
 
 from __future__ import annotations
 
-import copy
 import sys
 import warnings
 from collections.abc import Sequence
@@ -112,7 +111,7 @@ def inject_facts(
     passages = _passages(model, facts, plan, context)
     stream = _background(model, facts, texts, batch=batch, context=context, seed=seed)
     due = _due(asked, first, injections=injections, every=every, window=window, lags=lags)
-    student = replace(model, module=copy.deepcopy(model.module).float(), _own_head={})
+    student = model.copy()
     tables, losses = [], []
     last = max(due)
     bar = tqdm(

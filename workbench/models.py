@@ -8,6 +8,7 @@ id, a folder, a GGUF file, or a series of checkpoints that share one module in m
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import io
 import json
@@ -18,7 +19,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -226,7 +227,8 @@ class LanguageModel:
                 "tokenizer is another model's, or has had tokens added"
             )
 
-    @torch.inference_mode()
+    # not inference mode: what a module keeps of such a pass it could not train with afterwards
+    @torch.no_grad()
     def _score_batch(self, tokens: list, start: int, keep: tuple, schemes: tuple = ()) -> Scores:
         ids, targets, length = self._pad(tokens, start)
         # right padding under a causal mask cannot reach an earlier token, so no mask is passed:
@@ -260,6 +262,31 @@ class LanguageModel:
 
     def _hidden(self, ids: torch.Tensor) -> torch.Tensor:
         return self.module.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+    def copy(self) -> LanguageModel:
+        """A float32 copy with weights of its own, to be trained while this one stays as it is."""
+        return replace(self, module=copy.deepcopy(self.module).float(), _own_head={})
+
+    def logits_at(
+        self, tokens: Sequence[Int[np.ndarray, " pos"]]
+    ) -> Callable[[Int[torch.Tensor, " place"]], Float[torch.Tensor, "place vocabulary"]]:
+        """One forward pass over a batch, and what gives the logits at chosen places of it.
+
+        Args:
+            tokens: Ids of each text, of which each but the first is predicted.
+
+        Returns:
+            A function of places: ``row * (longest - 1) + t`` predicts token ``t + 1`` of a row.
+        """
+        ids, targets, _ = self._pad(list(tokens), 1)
+        skip = int(self.bos is not None)
+        hidden = self._hidden(ids)[:, skip : skip + targets.shape[1]]
+        if not self._head_agrees(hidden):
+            # a head that is more than a matrix and a cap gives its logits whole, for this batch
+            whole = self._full_logits(ids, skip, targets).flatten(0, 1)
+            return lambda at: whole[at]
+        flat = hidden.flatten(0, 1)
+        return lambda at: self.head(flat[at])
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits in float32 of final hidden states, with the architecture's own capping."""
@@ -298,7 +325,8 @@ class LanguageModel:
         # a scheme axis, where there is one, stays last
         return {n: torch.cat([p[n] for p in parts]).unflatten(0, targets.shape) for n in parts[0]}
 
-    @torch.inference_mode()
+    # not inference mode: what a module keeps of such a pass it could not train with afterwards
+    @torch.no_grad()
     def generate(
         self,
         prompts: Int[np.ndarray, "item pos"],
@@ -517,7 +545,7 @@ def load_model(
         step=_step_of(path) or 0,
         source=source,
         revision=revision or "",
-        bos=_bos(tokenizer),
+        bos=bos_of(tokenizer),
     )
 
 
@@ -552,7 +580,7 @@ def _step_of(path: Path) -> int | None:
     return None
 
 
-def _bos(tokenizer) -> int | None:
+def bos_of(tokenizer) -> int | None:
     bos = getattr(tokenizer, "bos_token_id", None)
     first = tokenizer("a")["input_ids"][:1]
     return bos if bos is not None and first == [bos] else None

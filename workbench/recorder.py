@@ -41,7 +41,7 @@ from transformers import TrainerCallback
 
 from workbench.foils import ITSELF
 from workbench.items import check_items, cut_items, items_hash
-from workbench.models import Checkpoints, LanguageModel, _bos, buckets, versions
+from workbench.models import Checkpoints, LanguageModel, bos_of, buckets, versions
 from workbench.probes.recognition import DECIMALS, forced_choice
 from workbench.table import InputError, load, save, validate, whole_file
 from workbench.training import fingerprint
@@ -807,19 +807,14 @@ def _refuse(lags: Sequence[int], budget: float) -> None:
 
 
 def _live(model: LanguageModel | torch.nn.Module, tokenizer, run: str) -> LanguageModel:
-    """A view of the module in training that scores without leaving anything in it."""
+    """A view of the module in training."""
     if isinstance(model, LanguageModel):
-        live = LanguageModel(unwrapped(model.module), model.tokenizer, run=run, bos=model.bos)
-    elif tokenizer is None:
+        return LanguageModel(unwrapped(model.module), model.tokenizer, run=run, bos=model.bos)
+    if tokenizer is None:
         raise InputError(
             "RetentionRecorder: a module does not know its tokenizer; give tokenizer=..."
         )
-    else:
-        live = LanguageModel(unwrapped(model), tokenizer, run=run, bos=_bos(tokenizer))
-    # what a module makes in its first forward pass and keeps, it could not train with if it was
-    # made in inference mode
-    live._score_batch = torch.no_grad()(LanguageModel._score_batch.__wrapped__.__get__(live))
-    return live
+    return LanguageModel(unwrapped(model), tokenizer, run=run, bos=bos_of(tokenizer))
 
 
 def _needles(texts: Texts) -> tuple[int, dict[int, list]]:

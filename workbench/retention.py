@@ -6,7 +6,6 @@ The caller's model is never touched: a copy is trained, and handed to the probes
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import time
@@ -129,9 +128,11 @@ def study_and_retain(
         "items": items_hash(items), "foils": _hash(*foils["item"], *foils["foil"], *foils["text"]),
         "interference": _hash(*interference) if max(lags) else "", "weights": model.weights_hash(),
     }  # fmt: skip
-    items, foils, interference, audit = _audited(items, foils, interference)
-    new = _stream(model, interference, seed) if max(lags) else None
-    student = replace(model, module=copy.deepcopy(model.module).float(), _own_head={})
+    asker = "study_and_retain"
+    items, foils, interference, audit = without_shared(items, foils, interference, asker=asker)
+    _refuse_groups(items)
+    new = interference_stream(model, interference, seed=seed, asker=asker) if max(lags) else None
+    student = model.copy()
     run = _Run(
         Trainer(student.module, learning_rate),
         settings,
@@ -225,8 +226,8 @@ def _hash(*parts: object) -> str:
     return hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=8).hexdigest()
 
 
-def _audited(items, foils, interference):
-    """The lists without what stands in two of them."""
+def without_shared(items, foils, interference, *, asker: str):
+    """The lists without what stands in two of them, and what was found; a warning counts it."""
     items, foils, interference, audit = audit_lists(items, foils, interference)
     found = audit[audit["dropped"] > 0]
     if len(found):
@@ -234,10 +235,7 @@ def _audited(items, foils, interference):
             f"{row.dropped} of {row.texts} against {row.against} ({row.found})"
             for row in found.itertuples()
         )
-        warnings.warn(
-            f"study_and_retain: left out texts that stand in two lists: {said}", stacklevel=3
-        )
-    _refuse_groups(items)
+        warnings.warn(f"{asker}: left out texts that stand in two lists: {said}", stacklevel=3)
     return items, foils, interference, audit
 
 
@@ -418,13 +416,19 @@ def interference_texts(suite: Suite | None, source: str = "", *, seed: int) -> l
     return python_documentation(INTERFERENCE)
 
 
-def _stream(model: LanguageModel, texts: Sequence[str], seed: int) -> TextStream:
-    """The new text as batches."""
+def interference_stream(
+    model: LanguageModel, texts: Sequence[str], *, seed: int, asker: str
+) -> TextStream:
+    """The new text as batches of ``ROWS`` rows.
+
+    Raises:
+        InputError: It does not fill one of them.
+    """
     encoded = model.encode(["\n".join(texts)])[0]
     context = min(CONTEXT, model.context)
     if len(encoded) < ROWS * context:
         raise InputError(
-            f"study_and_retain: the interference has {len(encoded)} tokens, an update takes "
+            f"{asker}: the interference has {len(encoded)} tokens, an update takes "
             f"{ROWS} x {context}; give more text"
         )
     return TextStream(encoded, ROWS, context, seed)

@@ -7,9 +7,8 @@ may still be learned faster the second time. The caller's model is never touched
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -18,14 +17,14 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 
-from workbench.foils import CONTROL, ITSELF, STUDIED, audit_lists, plain
+from workbench.foils import CONTROL, ITSELF, STUDIED, plain
 from workbench.items import check_items, items_hash
 from workbench.models import LanguageModel
 from workbench.probes.recall import probe_recall
 from workbench.probes.recognition import mean_loss, probe_recognition
-from workbench.retention import BATCH, CONTEXT, ROWS, pad_texts
+from workbench.retention import BATCH, interference_stream, pad_texts, without_shared
 from workbench.table import InputError, rows, validate
-from workbench.training import TextStream, Trainer, plant, read_ledger, train
+from workbench.training import Trainer, plant, read_ledger, train
 
 CRITERION = 0.25  # of a text's own loss before study: on the suite most of it is recited there
 LAGS = (0, 1, 3, 10, 30, 100)
@@ -105,19 +104,15 @@ def relearn(
     """
     items = check_items(items)
     _refuse(items, learning_rate=learning_rate, criterion=criterion, lags=lags, most=most, batch=batch)  # fmt: skip
-    items, foils, interference = _audited(items, foils, interference)
-    new = _stream(model, interference, seed) if max(lags) else None
+    items, foils, interference, _ = without_shared(items, foils, interference, asker="relearn")
+    items, foils = _equally_many(items, foils)
+    new = (
+        interference_stream(model, interference, seed=seed, asker="relearn") if max(lags) else None
+    )
     lists = {group: items[items["group"] == group] for group in (STUDIED, CONTROL)}
-    student = _copy(model)
+    student = model.copy()
     base = probe_recognition(student, items, foils)
-    own = base[(base["metric"] == "loss") & (base["foil"] == ITSELF)].set_index("item")["value"]
-    known = own.index[own == 0]
-    if len(known):
-        raise InputError(
-            f"relearn: item {known[0]!r} has a loss of 0 before study, so there is nothing to learn; "
-            f"drop it ({len(known)} of {len(items)} items)"
-        )
-    goal = {group: criterion * own[part["item"]].to_numpy() for group, part in lists.items()}
+    goal = _goals(base, lists, criterion)
     made, ledger = [], []
     note = _counting(progress)
     updates = 0
@@ -135,10 +130,10 @@ def relearn(
             note=note, keep=keep,
         )  # fmt: skip
         at = {"run": model.run, "step": model.step + updates, "group": of}
-        made.append(_crossings(*steps, lists[of]["item"], **at).assign(lag=lag))
+        made.append(_crossings(*steps, lists[of]["item"], at).assign(lag=lag))
 
     def learn_apart(of: str, lag: float) -> None:
-        fork = _copy(student)
+        fork = student.copy()
         with _dropout(model, seed):  # the same whichever lags are asked
             learn(of, fork, Trainer(fork.module, learning_rate), lag)
 
@@ -155,7 +150,7 @@ def relearn(
         trainer = Trainer(student.module, learning_rate)
         learn(STUDIED, student, trainer, np.nan, keep=ledger)
         end = trainer.update
-        studied = replace(_copy(student), step=model.step + end)
+        studied = replace(student.copy(), step=model.step + end)
         try:
             train(
                 trainer,
@@ -171,12 +166,7 @@ def relearn(
                 f"study ends with update {end})"
             ) from None
     exposures = pd.concat(ledger, ignore_index=True)
-    table = pd.concat(made, ignore_index=True)
-    after = table["lag"].notna()
-    table["phase"] = np.where(after, "after", "before")
-    copies = table["item"].map(exposures["item"].value_counts()).fillna(0).astype(int)
-    table["copies"] = np.where(after, copies, 0)
-    table = validate(table)
+    table = _assembled(made, exposures)
     _warn_coarse(table, learning_rate)
     table.attrs["passport"] = {
         **model.passport(), "learning_rate": learning_rate, "criterion": criterion,
@@ -229,7 +219,7 @@ def realign(
         raise InputError(f"realign: learning_rate is {learning_rate}, but must be above 0")
     _refuse_shared(items, texts)
     taught = pd.DataFrame({"item": [f"text {i}" for i in range(len(texts))], "text": list(texts)})
-    models = {"initial": initial, "observed": observed, "recovered": _copy(observed)}
+    models = {"initial": initial, "observed": observed, "recovered": observed.copy()}
     student = models["recovered"]
     with _dropout(student, seed):
         trainer = Trainer(student.module, learning_rate)
@@ -262,10 +252,6 @@ def realign(
 
 
 # --- pieces --------------------------------------------------------------------------------------
-
-
-def _copy(model: LanguageModel) -> LanguageModel:
-    return replace(model, module=copy.deepcopy(model.module).float(), _own_head={})
 
 
 @contextlib.contextmanager
@@ -362,11 +348,24 @@ def crossing(
     )
 
 
-def _crossings(asked, above, names, **at) -> pd.DataFrame:
+def _assembled(made: list[pd.DataFrame], exposures: pd.DataFrame) -> pd.DataFrame:
+    """All that was measured, with its phase and how often each item had been trained on."""
+    table = pd.concat(made, ignore_index=True)
+    after = table["lag"].notna()
+    copies = table["item"].map(exposures["item"].value_counts()).fillna(0).astype(int)
+    table["phase"] = np.where(after, "after", "before")
+    table["copies"] = np.where(after, copies, 0)
+    return validate(table)
+
+
+def _crossings(asked, above, names, at: Mapping) -> pd.DataFrame:
     value, lo, hi = crossing(asked, above)
     why = np.where(np.isnan(value), f"not learned in {asked[-1]} updates", "")
     beside = {"foil": ITSELF, "reason": why}
-    return rows("updates_to_criterion", value, lo=lo, hi=hi, item=names, beside=beside, **at)
+    return rows(
+        "updates_to_criterion", value, lo=lo, hi=hi, item=names, beside=beside, run=at["run"],
+        step=at["step"], group=at["group"],
+    )  # fmt: skip
 
 
 def _counting(progress: Callable[[int, float], None] | None):
@@ -386,35 +385,27 @@ def _named(items: pd.DataFrame) -> dict[str, str]:
     return {i.text: f"item {i.item}" for i in items.itertuples()}
 
 
-def _audited(items: pd.DataFrame, foils: pd.DataFrame, interference: Sequence[str]):
-    """The lists without what stands in two of them, cut to one length."""
-    items, foils, interference, audit = audit_lists(items, foils, interference)
-    found = audit[audit["dropped"] > 0]
-    if len(found):
-        said = ", ".join(
-            f"{row.dropped} of {row.texts} against {row.against} ({row.found})"
-            for row in found.itertuples()
-        )
-        warnings.warn(f"relearn: left out texts that stand in two lists: {said}", stacklevel=3)
+def _equally_many(items: pd.DataFrame, foils: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """As many studied items as controls, with their foils."""
     size = items["group"].value_counts().reindex([STUDIED, CONTROL], fill_value=0).min()
     if not size:
         raise InputError(
             "relearn: no list is left without the texts that stand in two; give others"
         )
     items = items.groupby("group", sort=False).head(size).reset_index(drop=True)
-    return items, foils[foils["item"].isin(items["item"])], interference
+    return items, foils[foils["item"].isin(items["item"])]
 
 
-def _stream(model: LanguageModel, texts: Sequence[str], seed: int) -> TextStream:
-    """The new text as batches."""
-    encoded = model.encode(["\n".join(texts)])[0]
-    context = min(CONTEXT, model.context)
-    if len(encoded) < ROWS * context:
+def _goals(base: pd.DataFrame, lists: dict, criterion: float) -> dict[str, np.ndarray]:
+    """The loss at which each item of a list is learned."""
+    own = base[(base["metric"] == "loss") & (base["foil"] == ITSELF)].set_index("item")["value"]
+    known = own.index[own == 0]
+    if len(known):
         raise InputError(
-            f"relearn: the interference has {len(encoded)} tokens, an update takes {ROWS} x "
-            f"{context}; give more text"
+            f"relearn: item {known[0]!r} has a loss of 0 before study, so there is nothing to learn; "
+            f"drop it ({len(known)} of {len(own)} items)"
         )
-    return TextStream(encoded, ROWS, context, seed)
+    return {group: criterion * own[part["item"]].to_numpy() for group, part in lists.items()}
 
 
 def _warn_coarse(table: pd.DataFrame, learning_rate: float) -> None:

@@ -7,7 +7,6 @@ is never touched: a copy of it goes through the stream, and only measurements ar
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -272,9 +271,6 @@ class _Plan:
             if not (self.items["task"] == name).any():
                 raise InputError(f"train_stream: no held-out text of task {name!r} can be scored")
 
-    def copy(self) -> LanguageModel:
-        return replace(self.model, module=copy.deepcopy(self.model.module).float(), _own_head={})
-
     def trainer(self, student: LanguageModel) -> Trainer:
         torch.manual_seed(self.seed)  # dropout; the same for a task in the stream and alone
         return Trainer(student.module, self.learning_rate)
@@ -344,7 +340,7 @@ def _batches(model, tasks, name, *, rows, seed) -> TextStream:
 
 
 def _stream(plan: _Plan, note: Callable) -> list[pd.DataFrame]:
-    student = plan.copy()
+    student = plan.model.copy()
     parts = [plan.ask(student, 0, "before")]
     for at, name in enumerate(plan.order):
         start, met = at * plan.updates, plan.order[: at + 1]
@@ -399,7 +395,7 @@ def _alone(plan: _Plan, note: Callable, stream: list[pd.DataFrame]) -> list[pd.D
     for name in dict.fromkeys(plan.order[1:]):
         if name == plan.order[0]:
             continue
-        student = plan.copy()
+        student = plan.model.copy()
         _present(
             plan, student,
             batch=plan.batches[name].batch,
@@ -423,7 +419,7 @@ def _joint(plan: _Plan, note: Callable) -> list[pd.DataFrame]:
             made.append(plan.batches[names[which]].batch(there + 1)[at])
         return np.stack(made)
 
-    student, updates = plan.copy(), len(names) * plan.updates
+    student, updates = plan.model.copy(), len(names) * plan.updates
     _present(
         plan, student, batch=batch, note=note("joint", "all"),
         told="of all tasks together", updates=updates,

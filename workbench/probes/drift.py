@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pandas as pd
 import torch
@@ -119,12 +117,12 @@ def _cut(base: LanguageModel, tuned: LanguageModel, items: pd.DataFrame):
     return [each[:longest] for each in base.encode(kept["text"].tolist())], kept
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _compare(
     base: LanguageModel, tuned: LanguageModel, tokens: list[Int[np.ndarray, " pos"]]
 ) -> Float[np.ndarray, "2 item"]:
     """Mean KL and cross-entropy of a batch of texts over their tokens after the first."""
-    first, second = _logits(base, tokens), _logits(tuned, tokens)
+    first, second = base.logits_at(tokens), tuned.logits_at(tokens)
     width = max(map(len, tokens)) - 1
     there = np.arange(width) < np.array([len(each) - 1 for each in tokens])[:, None]
     flat = torch.from_numpy(np.flatnonzero(there)).to(base.device)
@@ -136,19 +134,6 @@ def _compare(
     values = np.zeros((2, *there.shape))
     values[:, there] = torch.cat(parts, dim=1).double().cpu().numpy()
     return values.sum(axis=2) / there.sum(axis=1)
-
-
-def _logits(model: LanguageModel, tokens: list) -> Callable[[torch.Tensor], torch.Tensor]:
-    """One forward pass, and what gives the logits at chosen positions of it."""
-    ids, targets, _ = model._pad(tokens, 1)
-    skip = int(model.bos is not None)
-    hidden = model._hidden(ids)[:, skip : skip + targets.shape[1]]
-    if not model._head_agrees(hidden):
-        # a head that is more than a matrix and a cap gives its logits whole, for this batch alone
-        whole = model._full_logits(ids, skip, targets).flatten(0, 1)
-        return lambda at: whole[at]
-    flat = hidden.flatten(0, 1)
-    return lambda at: model.head(flat[at])
 
 
 def _refuse_not_finite(found: np.ndarray, kept: pd.DataFrame, base, tuned) -> None:

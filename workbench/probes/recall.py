@@ -139,7 +139,7 @@ def continue_greedily(
     return said
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _continue(model, prompts, total) -> Int[np.ndarray, "row pos"]:
     # total ascends
     lengths = np.array([len(each) for each in prompts])
