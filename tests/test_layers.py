@@ -25,6 +25,8 @@ LAYER = {
     "overlap": 2,
     "training": 2,
     "curvature": 2,
+    "fisher": 2.5,  # it takes labels and hooks from curvature
+    "hessian": 3,
     "sweep": 2,
     "suite": 3,
     "subsets": 4,
