@@ -7,7 +7,7 @@ second half, and the minutes it took; the target is minutes on two cores.
 
 Measured with 12 texts of each: against other lives .58 [.33, .83] before and 1.00 [.74, 1.00] after
 three exposures, controls .64 and .55. All lives follow one pattern, which the controls show: of
-their second halves, too, more tokens are right than before (.04 and .55).
+their second halves, too, more tokens are right than before (.04 and .55). 1.2 minutes on two cores.
 """
 
 from __future__ import annotations
