@@ -23,10 +23,10 @@ from workbench.stats.facts import (
     decay_line,
     fact_effects,
     fact_trace,
-    percentile_tail,
     window_gains,
 )
 from workbench.stats.laws import fit_forgetting
+from workbench.stats.summarise import percentile_tail
 from workbench.table import InputError, rows
 from workbench.training import TextStream, Trainer, fingerprint
 

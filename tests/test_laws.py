@@ -533,6 +533,40 @@ def test_curves_fitted_together_are_as_alone():
         np.testing.assert_allclose(mine["value"][weight], alone["value"][weight], atol=1e-4)
 
 
+def test_shapes_stay_within_their_bounds():
+    # an exponential is the limit of the power law at b to 0 and p to infinity: the fit must end at
+    # a bound, not beyond
+    value = LAWS["exponential"].curve(TIMES, 3.0, 20.0)
+    fitted = dict(zip(LAWS["power"].order, best("power", TIMES, value), strict=True))
+    for name, parameter in LAWS["power"].parameters.items():
+        if parameter.bounds:
+            low, high = parameter.bounds(TIMES[0], TIMES[-1])
+            assert low * (1 - 1e-9) <= fitted[name] <= high * (1 + 1e-9), name
+    assert fitted["p"] == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize("name", ["power", "wickelgren", "logarithm", "exponential_floor"])
+def test_fits_are_converged(name):
+    # from where ours ends another optimiser gains nothing: its first step would see a slope
+    law, rng = LAWS[name], np.random.default_rng(5)
+    value = law.curve(TIMES, *TRUE[name]) + rng.normal(0, 0.05, len(TIMES))
+    ours = best(name, TIMES, value)
+    polished = least_squares(
+        lambda p: law.curve(TIMES, *p) - value, ours, x_scale=np.abs(ours) + 1e-9, xtol=1e-14,
+        ftol=1e-14, gtol=1e-14,
+    )  # fmt: skip
+    loss = np.square(law.curve(TIMES, *ours) - value).sum()
+    assert loss <= 2 * polished.cost * (1 + 1e-7)
+
+
+def test_a_law_that_is_not_compared_takes_no_weight_in_the_draws_either():
+    # semilog is undefined at lag 0, so it is in no comparison: the only other law has all weight
+    table = pd.concat([items(0, 12), items(0, 12)[lambda t: t["lag"] == 1].assign(lag=0.0)])
+    got = fit_forgetting(table, laws=["exponential", "semilog"], draws=50)
+    row = of(got, "weight", "exponential").iloc[0]
+    assert (row["value"], row["lo"], row["hi"]) == (1.0, 1.0, 1.0)
+
+
 def test_item_means_weigh_as_their_items():
     table = items(2, 12)
     lost = (table["lag"] >= 32) & table["item"].isin([f"i{i}" for i in range(9)])

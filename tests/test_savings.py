@@ -650,6 +650,17 @@ def test_spurious_forgetting_by_hand():
     assert spurious_forgetting(up)["value"].tolist() == [pytest.approx(2 / 3)]
 
 
+def test_items_and_controls_are_drawn_apart():
+    # the controls are the items and a constant in each phase: were the draws of both the same, the
+    # difference between them would have no spread
+    seen = {("seen", f"s{i}"): (0.9, 0.1 * i, 0.3 + 0.05 * i) for i in range(5)}
+    level = {("control", f"c{i}"): (0.3, 0.2 + 0.1 * i, 0.2 + 0.05 * i) for i in range(5)}
+    told = spurious_forgetting(phases(seen | level), draws=400).set_index("group")
+    # net of them (.6, -.2, .1): .8 forgotten, .3 of it back
+    assert told.loc["net of controls", "value"] == pytest.approx(3 / 8)
+    assert told.loc["net of controls", "hi"] - told.loc["net of controls", "lo"] > 0.05
+
+
 def test_nothing_forgotten_has_no_share():
     # one item fell by .4, the other rose by .2: .1 on average, and the interval runs from -.2 to .4
     table = spurious_forgetting(phases({("s", "a"): (0.9, 0.5, 0.7), ("s", "b"): (0.5, 0.7, 0.7)}))

@@ -278,7 +278,7 @@ def collect_factors(
     """
     layers = linear_layers(model.module, roles=roles, blocks=blocks)
     lengths = _usable_lengths(model, tokens, labels, dtype)
-    with _frozen(model.module):
+    with frozen(model.module):
         leader = check_gradients(model, layers, list(tokens[:CHECK_TEXTS]))
         sums = FactorSums(leader, DTYPES[dtype])
         with gradients_seen(layers, sums.see):
@@ -335,10 +335,11 @@ def _warn_if_few(sums: FactorSums) -> None:
 
 
 @contextlib.contextmanager
-def _frozen(module: torch.nn.Module) -> Iterator[None]:
+def frozen(module: torch.nn.Module) -> Iterator[None]:
     """Parameters without gradients, no dropout, gradients on, TF32 off; all as before after."""
     flags = [(p, p.requires_grad) for p in module.parameters()]
-    training, tf32 = module.training, torch.backends.cuda.matmul.allow_tf32
+    modes = [(each, each.training) for each in module.modules()]
+    tf32 = torch.backends.cuda.matmul.allow_tf32
     module.requires_grad_(False).eval()
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -346,7 +347,8 @@ def _frozen(module: torch.nn.Module) -> Iterator[None]:
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = tf32
-        module.train(training)
+        for each, training in modes:
+            each.training = training
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 

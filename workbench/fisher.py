@@ -31,6 +31,7 @@ from workbench.curvature import (
     LABELS,
     LOGITS_PER_BATCH,
     Layer,
+    frozen,
     gradients_seen,
     padded,
     sampled_labels,
@@ -129,7 +130,7 @@ def diagonal_fisher(
         for name, each in model.module.named_parameters()
     }
     examples, together, alone = 0, None, ()
-    with _frozen(model.module):
+    with frozen(model.module):
         for number, batch in enumerate(_batches(model, tokens, example, labels, seed, budget)):
             if together is None:
                 # twice the same where there is one: what mixes examples shows only among several
@@ -209,25 +210,6 @@ def _tokens_per_batch(model: LanguageModel) -> int:
 def _hash_of(tokens: Int[np.ndarray, " pos"]) -> int:
     data = np.ascontiguousarray(tokens, dtype="<i8").tobytes()
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest())
-
-
-@contextlib.contextmanager
-def _frozen(module: torch.nn.Module) -> Iterator[None]:
-    """Parameters without gradients, no dropout, gradients on, TF32 off; all as before after."""
-    flags = [(p, p.requires_grad) for p in module.parameters()]
-    modes = [(each, each.training) for each in module.modules()]
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    module.requires_grad_(False).eval()
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        for each, training in modes:
-            each.training = training
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 def _batches(model, tokens, example: str, labels: str, seed: int, budget: int) -> Iterator[_Batch]:

@@ -115,7 +115,7 @@ class Hessian:
                 second = _grad(
                     [gradients[i] for i in curved],
                     self._leaves,
-                    grad_outputs=[pieces[i] for i in curved],
+                    vectors=[pieces[i] for i in curved],
                     retain_graph=row + 1 < len(vectors),
                 )
                 out[row] += self._flat(second)
@@ -150,11 +150,19 @@ class Hessian:
             yield loss
 
 
-def _grad(outputs, leaves, **options) -> Sequence[torch.Tensor]:
+def _grad(
+    outputs, leaves, *, vectors=None, create_graph: bool = False, retain_graph: bool | None = None
+) -> Sequence[torch.Tensor]:
     if isinstance(outputs, torch.Tensor) and not outputs.requires_grad:
         return [torch.zeros_like(each) for each in leaves]  # a loss that uses none of them
     return torch.autograd.grad(
-        outputs, leaves, allow_unused=True, materialize_grads=True, **options
+        outputs,
+        leaves,
+        grad_outputs=vectors,
+        create_graph=create_graph,
+        retain_graph=retain_graph,
+        allow_unused=True,
+        materialize_grads=True,
     )
 
 

@@ -581,6 +581,7 @@ def _step_of(path: Path) -> int | None:
 
 
 def bos_of(tokenizer) -> int | None:
+    """The id that a tokenizer puts before a text by itself; None where it puts none."""
     bos = getattr(tokenizer, "bos_token_id", None)
     first = tokenizer("a")["input_ids"][:1]
     return bos if bos is not None and first == [bos] else None

@@ -42,7 +42,7 @@ from transformers import TrainerCallback
 from workbench.foils import ITSELF
 from workbench.items import check_items, cut_items, items_hash
 from workbench.models import Checkpoints, LanguageModel, bos_of, buckets, versions
-from workbench.probes.recognition import DECIMALS, forced_choice
+from workbench.probes.recognition import DECIMALS, forced_choice, refuse_strange_foils
 from workbench.table import InputError, load, save, validate, whole_file
 from workbench.training import fingerprint
 
@@ -125,18 +125,7 @@ def _refuse_foils(items: pd.DataFrame, foils: pd.DataFrame, asker: str) -> None:
         raise InputError(
             f"{asker}: the foils have no column {lacking[0]!r}; make_foils gives item, foil and text"
         )
-    orphans = ~foils["item"].astype(str).isin(items["item"])
-    if orphans.any():
-        raise InputError(
-            f"{asker}: {orphans.sum()} foils belong to none of the items (first: "
-            f"{foils['item'][orphans].iloc[0]!r}); make the foils from these items"
-        )
-    twice = foils.duplicated(["item", "foil"])
-    if twice.any():
-        first = foils[twice].iloc[0]
-        raise InputError(
-            f"{asker}: item {first['item']!r} has several {first['foil']} foils; keep one"
-        )
+    refuse_strange_foils(items, foils, asker=asker)
 
 
 def ask(model: LanguageModel, texts: Texts) -> pd.DataFrame:

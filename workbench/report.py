@@ -263,7 +263,11 @@ def _cannot_write(folder: Path, error: OSError) -> str:
 
 
 def _ensure_suites(plans: Sequence[Plan]) -> None:
-    wanted = [p.settled.get("corpus") or None for p in plans if p.settled.get("model") == "suite"]
+    wanted = [
+        plan.settled.get("corpus") or None
+        for plan in plans
+        if "suite" in (plan.settled.get("model"), plan.settled.get("base"))
+    ]
     for corpus in dict.fromkeys(wanted):
         from workbench.suite import ensure_suite
 

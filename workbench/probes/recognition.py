@@ -148,18 +148,27 @@ def _pairs(items: pd.DataFrame, foils: pd.DataFrame) -> pd.DataFrame:
         raise InputError(
             f"probe_recognition: {what}; make_foils gives a frame with item, foil and text"
         )
-    orphans = ~foils["item"].isin(items["item"])
+    refuse_strange_foils(items, foils, asker="probe_recognition")
+    group = items.set_index("item")["group"]
+    pairs = foils.reset_index(drop=True)
+    return pairs.assign(group=pairs["item"].map(group))
+
+
+def refuse_strange_foils(items: pd.DataFrame, foils: pd.DataFrame, *, asker: str) -> None:
+    """Refuse foils that belong to no item, and several of a kind for one item.
+
+    Raises:
+        InputError: The first of them is named; ``asker`` begins the message.
+    """
+    orphans = ~foils["item"].astype(str).isin(items["item"].astype(str))
     if orphans.any():
         raise InputError(
-            f"probe_recognition: {orphans.sum()} foils belong to none of the items (first: "
+            f"{asker}: {orphans.sum()} foils belong to none of the items (first: "
             f"{foils['item'][orphans].iloc[0]!r}); make the foils from these items"
         )
     twice = foils.duplicated(["item", "foil"])
     if twice.any():
         first = foils[twice].iloc[0]
         raise InputError(
-            f"probe_recognition: item {first['item']!r} has several {first['foil']} foils; keep one"
+            f"{asker}: item {first['item']!r} has several {first['foil']} foils; keep one"
         )
-    group = items.set_index("item")["group"]
-    pairs = foils.reset_index(drop=True)
-    return pairs.assign(group=pairs["item"].map(group))

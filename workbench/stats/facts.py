@@ -15,7 +15,7 @@ from scipy import stats
 
 from workbench.facts import INJECTED, NEVER, WINDOW
 from workbench.stats.laws import LEAST_POINTS, LEAST_SPAN
-from workbench.stats.summarise import summarise
+from workbench.stats.summarise import percentile_tail, summarise
 from workbench.table import InputError, coordinates, rows, validate
 
 NET = "net"
@@ -124,17 +124,6 @@ def fact_trace(table: pd.DataFrame, *, draws: int = 1000, seed: int = 0) -> pd.D
     pooled = entities.agg(value=("value", "mean"), step=("step", "max")).reset_index()
     pooled = pooled.rename(columns={"entity": "item"}).assign(lo=np.nan, hi=np.nan, n=1)
     return summarise(pooled, by=by, draws=draws, seed=seed)
-
-
-def percentile_tail(n: int, level: float) -> float:
-    """Share of the draws beyond each end of an interval over ``n`` resampled entities.
-
-    Hesterberg (2015), "What teachers should know about the bootstrap": plain percentiles are too
-    narrow, by a factor sqrt((n - 1) / n) and by the normal's quantile in place of Student's; these
-    are ``Phi(-sqrt(n / (n - 1)) t)``. Level .95: .0024 for n = 6, .0183 for 30, .025 as n grows.
-    """
-    student = stats.t.ppf((1 + level) / 2, n - 1)
-    return float(stats.norm.cdf(-np.sqrt(n / (n - 1)) * student))
 
 
 def window_gains(

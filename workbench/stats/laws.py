@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
-from scipy.stats import norm
-from scipy.stats import t as student
 
+from workbench.stats.summarise import percentile_tail
 from workbench.table import InputError, one_metric, rows, validate
 
 LEAST_POINTS = 5  # distinct t below which no law is told from another
@@ -517,7 +516,7 @@ def early_loss(
                 f"early_loss: {told} has {early.sum()} {x} up to {split:g} and {late.sum()} from "
                 "there on, it needs 2 and 3; choose another split"
             )
-        tail, nothing = _tail(points.items, level), points.value[0] <= points.value[-1]
+        tail, nothing = percentile_tail(points.items, level), points.value[0] <= points.value[-1]
         found = []
         for value, weight in (
             (points.value[None], points.weight[None]),
@@ -1007,18 +1006,6 @@ def akaike_weights(aicc: Float[np.ndarray, "... law"]) -> Float[np.ndarray, "...
         return relative / np.nansum(relative, axis=-1, keepdims=True)
 
 
-def _tail(items: int, level: float) -> float:
-    """Share of the draws beyond each end of an interval.
-
-    The percentile interval of a mean of n is too short by what Student's t and n - 1 instead of n
-    add; Hesterberg (2015), section 5.2, moves the percentiles out by as much.
-    """
-    tail = (1 - level) / 2
-    if items < 2:
-        return tail
-    return float(norm.cdf(student.ppf(tail, items - 1) * np.sqrt(items / (items - 1))))
-
-
 def _interval(values: Float[np.ndarray, "draw ..."], tail: float):
     """The draws that leave the tail outside, counted in B + 1 gaps; never beyond the extremes.
 
@@ -1045,7 +1032,7 @@ def _rows(
     blocks = []
     for index, points in enumerate(curves):
         mine = [fit[index] for fit in fits.values()]
-        tail = _tail(points.items, level)
+        tail = percentile_tail(points.items, level)
         weights = akaike_weights(np.array([fit.aicc for fit in mine]))
         again = akaike_weights(np.stack([fit.again_aicc for fit in mine], axis=1))
         for column, fit in enumerate(mine):
