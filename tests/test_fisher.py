@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from tests.conftest import Numbers, bigram, neox
-from workbench import curvature
+from workbench import factors
 from workbench import fisher as fs
 from workbench.fisher import (
     Fisher,
@@ -89,7 +89,7 @@ def slow_fisher(model, tokens, *, example, labels, seed=0, mean_first=False):
         logits = module(input_ids=ids, use_cache=False).logits[0, before:-1]
         target = torch.tensor(text[1:])
         if labels == "sampled":
-            draws = curvature.keyed(seed, text).random(len(text) - 1)
+            draws = factors.keyed(seed, text).random(len(text) - 1)
             cumulative = logits.detach().double().softmax(-1).cumsum(-1).numpy()
             target = torch.tensor(
                 [(c <= u * c[-1]).sum() for c, u in zip(cumulative, draws, strict=True)]
@@ -161,7 +161,7 @@ def test_sampled_labels_average_to_the_true_fisher():
 
 @pytest.mark.parametrize("kind", ["neox", "llama", "gpt2"])
 @pytest.mark.parametrize("example", fs.EXAMPLES)
-@pytest.mark.parametrize("labels", curvature.LABELS)
+@pytest.mark.parametrize("labels", factors.LABELS)
 def test_equals_one_backward_pass_an_example(kind, example, labels):
     model, tokens = build(kind, bos=1 if kind == "llama" else None), texts(*LENGTHS)
     got = collect(model, tokens, example=example, labels=labels, seed=5)

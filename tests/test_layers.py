@@ -24,7 +24,8 @@ LAYER = {
     "lexicon": 2,
     "overlap": 2,
     "training": 2,
-    "curvature": 2,
+    "factors": 2,
+    "curvature": 2.5,
     "fisher": 2.5,  # it takes labels and hooks from curvature
     "hessian": 3,
     "sweep": 2,

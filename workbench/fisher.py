@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
-from workbench.curvature import (
+from workbench.factors import (
     LABELS,
     LOGITS_PER_BATCH,
     Layer,

@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 
-from workbench.curvature import DTYPES, LOGITS_PER_BATCH, padded, summed_loss
+from workbench.factors import DTYPES, LOGITS_PER_BATCH, padded, summed_loss
 from workbench.items import check_items, items_hash
 from workbench.models import Checkpoints, LanguageModel, buckets
 from workbench.table import InputError, rows, validate

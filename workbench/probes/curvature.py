@@ -17,18 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from rapidfuzz.distance import Levenshtein
 
-from workbench.curvature import (
-    METHODS,
-    Basis,
-    Edit,
-    collect_factors,
-    decompose,
-    edited,
-    forward_seen,
-    padded,
-    refuse_share,
-    staircase,
-)
+from workbench.curvature import METHODS, Basis, Edit, decompose, edited, refuse_share, staircase
+from workbench.factors import collect_factors, forward_seen, padded
 from workbench.items import check_items, cut_items, items_hash, load_items
 from workbench.models import TOKENS_PER_BATCH, LanguageModel, buckets
 from workbench.suite import Suite, passages

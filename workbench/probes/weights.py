@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 
-from workbench.curvature import IN_A_BLOCK, ROLES
+from workbench.factors import IN_A_BLOCK, ROLES
 from workbench.items import check_items, cut_items, items_hash
 from workbench.models import TOKENS_PER_BATCH, Checkpoints, LanguageModel, buckets
 from workbench.sweep import COORDINATES
@@ -69,7 +69,7 @@ def spectrum_sizes(
 def weight_tensors(module: torch.nn.Module) -> Iterator[tuple[str, str, int, torch.Tensor]]:
     """Name, role, block and value of each parameter; fused q, k and v are taken apart.
 
-    Roles are those of ``workbench.curvature.linear_layers``, ``attn.q``, ``attn.k``, ``attn.v``
+    Roles are those of ``workbench.factors.linear_layers``, ``attn.q``, ``attn.k``, ``attn.v``
     also where they are stored as one matrix, and ``norm``, ``embedding``, ``head``, ``other``;
     a bias has the role of its matrix. Outside the blocks the block is -1. A tied head is the
     embedding and comes once, under that name.
