@@ -114,12 +114,9 @@ def inject_facts(
     student = model.copy()
     tables, losses = [], []
     last = max(due)
+    often = 0.1 if sys.stderr.isatty() or "ipykernel" in sys.modules else 30.0
     bar = tqdm(
-        total=last,
-        desc="injecting facts",
-        unit="update",
-        disable=not progress,
-        mininterval=0.1 if sys.stderr.isatty() or "ipykernel" in sys.modules else 30.0,
+        total=last, desc="injecting facts", unit="update", disable=not progress, mininterval=often
     )
 
     def ask(update: int) -> None:
@@ -148,13 +145,9 @@ def inject_facts(
                 progress=note,
             )
         except FloatingPointError as error:
-            told = str(error).removeprefix("train: ").partition(";")[0]
             held = plan.loc[plan["update"] == trainer.update, "item"]
-            raise InputError(
-                f"inject_facts: {told}, in the batch of {batch} x {context} tokens that held "
-                f"{', '.join(held) or 'background alone'}; lower the learning rate (it is "
-                f"{learning_rate:g})"
-            ) from None
+            size = f"{batch} x {context} tokens"
+            raise InputError(_diverged(error, held, size, learning_rate)) from None
     table = _table(model, asked, pd.concat(tables, ignore_index=True), first, injections, every)
     table = table.assign(batch=batch, learning_rate=learning_rate, seed=seed)
     table = validate(table)
@@ -168,6 +161,15 @@ def inject_facts(
         "dropped": asked.attrs["dropped"],
     }
     return Injection(table, ledger, pd.DataFrame(losses, columns=["update", "loss"]))
+
+
+def _diverged(error: Exception, held: pd.Series, size: str, learning_rate: float) -> str:
+    told = str(error).removeprefix("train: ").partition(";")[0]
+    return (
+        f"inject_facts: {told}, in the batch of {size} that held "
+        f"{', '.join(held) or 'background alone'}; lower the learning rate (it is "
+        f"{learning_rate:g})"
+    )
 
 
 def _first_slots(facts: pd.DataFrame, waves: int, settle: int) -> dict[str, int]:

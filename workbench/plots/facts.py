@@ -113,24 +113,15 @@ def plot_retainability(effects: pd.DataFrame, *, group: str = NET, title: str = 
         place = (effects["depth"] == depth) & (effects["schedule"] == schedule)
         line = effects[place & (effects["metric"] == "fitted")].sort_values("t")
         aside = 1 + 0.05 * (index - 1)  # so that whiskers of one time do not cover each other
-        figure.add_traces(
-            [
-                *band(line, "t", colour(index), schedule),
-                go.Scatter(
-                    x=line["t"], y=line["value"].round(6), mode="lines", legendgroup=schedule,
-                    showlegend=False, line={"color": colour(index)}, hoverinfo="skip",
-                ),
-                go.Scatter(
-                    x=part["t"] * aside, y=part["value"].round(6), error_y=whiskers(part),
-                    name=schedule, legendgroup=schedule, showlegend=schedule not in named,
-                    mode="markers", customdata=part[["t", "n"]],
-                    marker={"color": colour(index), "symbol": MARKERS[index], "size": 7},
-                    hovertemplate="t = %{customdata[0]}: %{y:.2f}, n=%{customdata[1]}"
-                    f"<extra>{schedule}</extra>",
-                ),
-            ],
-            rows=1, cols=col,
+        points = go.Scatter(
+            x=part["t"] * aside, y=part["value"].round(6), error_y=whiskers(part),
+            name=schedule, legendgroup=schedule, showlegend=schedule not in named,
+            mode="markers", customdata=part[["t", "n"]],
+            marker={"color": colour(index), "symbol": MARKERS[index], "size": 7},
+            hovertemplate="t = %{customdata[0]}: %{y:.2f}, n=%{customdata[1]}"
+            f"<extra>{schedule}</extra>",
         )  # fmt: skip
+        figure.add_traces([*_fitted(line, schedule, index), points], rows=1, cols=col)
         named.add(schedule)
     styled(figure, title=title or f"Share of the gain that is left ({group})", x="", y="")
     for col, names in untold.items():
@@ -152,6 +143,15 @@ def plot_retainability(effects: pd.DataFrame, *, group: str = NET, title: str = 
     ends = [min(-0.5, rows["value"].min() - 0.1), max(2.0, rows["value"].max() + 0.1)]
     figure.update_yaxes(range=ends)
     return figure.update_yaxes(title_text="share of the gain", col=1)
+
+
+def _fitted(line: pd.DataFrame, schedule: str, index: int) -> list[go.Scatter]:
+    """The line of one schedule, with its band."""
+    straight = go.Scatter(
+        x=line["t"], y=line["value"].round(6), mode="lines", legendgroup=schedule,
+        showlegend=False, line={"color": colour(index)}, hoverinfo="skip",
+    )  # fmt: skip
+    return [*band(line, "t", colour(index), schedule), straight]
 
 
 def plot_effectivity(

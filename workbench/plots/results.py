@@ -164,27 +164,7 @@ def plot_audit(table: pd.DataFrame, findings: pd.DataFrame, *, title: str = "") 
         )
     )
     for kind, part in mine.groupby(mine["kind"].astype(str), sort=False):
-        name, symbol, index = LOOKS[kind]
-        places = part["group"].astype(str).where(part["group"].isin(groups), WHOLE)
-        figure.add_trace(
-            go.Scatter(
-                x=part["step"].astype(str),
-                y=[shown("group", place) for place in places],
-                name=name,
-                mode="markers",
-                marker={
-                    "symbol": symbol,
-                    "size": 16 if symbol.startswith("diamond") else 10,  # it may stand below others
-                    "color": colour(index),
-                    "line": {
-                        "color": "white" if "open" not in symbol else colour(index),
-                        "width": 1,
-                    },
-                },
-                customdata=[shown("what", str(what)) for what in part["what"]],
-                hovertemplate="step %{x}: %{customdata}<extra>" + name + "</extra>",
-            )
-        )
+        figure.add_trace(_marks(kind, part, groups))
     order = [shown("group", name) for name in wide.index] + [WHOLE]
     styled(figure, title=title, x=AXES["step"], y="", height=190 + ROW * len(order))
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=labels, tickangle=-60)
@@ -193,4 +173,24 @@ def plot_audit(table: pd.DataFrame, findings: pd.DataFrame, *, title: str = "") 
     )
     return figure.update_layout(
         legend={"orientation": "h", "y": -0.32, "yanchor": "top"}, margin={"r": 60, "b": 110}
+    )
+
+
+def _marks(kind: str, part: pd.DataFrame, groups: list[str]) -> go.Scatter:
+    """The findings of one kind, each at its step and task."""
+    name, symbol, index = LOOKS[kind]
+    places = part["group"].astype(str).where(part["group"].isin(groups), WHOLE)
+    return go.Scatter(
+        x=part["step"].astype(str),
+        y=[shown("group", place) for place in places],
+        name=name,
+        mode="markers",
+        marker={
+            "symbol": symbol,
+            "size": 16 if symbol.startswith("diamond") else 10,  # it may stand below others
+            "color": colour(index),
+            "line": {"color": "white" if "open" not in symbol else colour(index), "width": 1},
+        },
+        customdata=[shown("what", str(what)) for what in part["what"]],
+        hovertemplate="step %{x}: %{customdata}<extra>" + name + "</extra>",
     )

@@ -98,14 +98,18 @@ def plot_survival(curve: pd.DataFrame, *, color: str = "kind", title: str = "") 
         col=1,
     )
     if steps:
-        figure.update_xaxes(showticklabels=False, row=1, col=1)
-        figure.update_xaxes(showgrid=False, row=2, col=1)
-        figure.update_yaxes(
-            range=[0.4, len(names) + 0.6], tickvals=list(range(1, len(names) + 1)),
-            ticktext=[_short(shown(color, name)) for name in names[::-1]], title_text="at risk",
-            showgrid=False, zeroline=False, row=2, col=1, automargin=True,
-        )  # fmt: skip
+        _name_numbers_at_risk(figure, [_short(shown(color, name)) for name in names])
     return figure
+
+
+def _name_numbers_at_risk(figure: go.Figure, names: list[str]) -> None:
+    figure.update_xaxes(showticklabels=False, row=1, col=1)
+    figure.update_xaxes(showgrid=False, row=2, col=1)
+    figure.update_yaxes(
+        range=[0.4, len(names) + 0.6], tickvals=list(range(1, len(names) + 1)),
+        ticktext=names[::-1], title_text="at risk", showgrid=False, zeroline=False,
+        row=2, col=1, automargin=True,
+    )  # fmt: skip
 
 
 def _stairs(part: pd.DataFrame) -> pd.DataFrame:
@@ -181,19 +185,7 @@ def plot_hazards(fits: pd.DataFrame, *, color: str = "law", title: str = "") -> 
         part = ratios[ratios[color] == name]
         shift = 0.6 * ((index + 0.5) / len(names) - 0.5)
         place = part["covariate"].astype(str).map(terms.index) + shift
-        drawn = part["value"].notna()
-        whole = part[drawn].assign(
-            lo=part["lo"].clip(lower=1 / WIDEST), hi=part["hi"].clip(upper=WIDEST)
-        )
-        points = go.Scatter(
-            x=whole["value"].round(6), y=place[drawn], name=shown(color, name), mode="markers",
-            marker={"color": colour(index), "symbol": MARKERS[index % len(MARKERS)], "size": 10},
-            error_x=whiskers(whole) | {"color": colour(index), "thickness": 2, "width": 5},
-            customdata=part.loc[drawn, ["lo", "hi", "n", "events"]].round(4),
-            hovertemplate="%{x:.3f} [%{customdata[0]}, %{customdata[1]}], n=%{customdata[2]}, "
-            "%{customdata[3]} losses<extra></extra>",
-        )  # fmt: skip
-        figure.add_trace(points)
+        figure.add_trace(_ratios(part, place, shown(color, name), index))
         for at, row in zip(place, part.itertuples(), strict=True):
             given = f"{row.value:.3g} [{row.lo:.3g}, {row.hi:.3g}]"
             figure.add_annotation(
@@ -227,4 +219,20 @@ def plot_hazards(fits: pd.DataFrame, *, color: str = "law", title: str = "") -> 
     return figure.update_layout(
         margin={"r": 170}, showlegend=len(names) > 1,
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right"},
+    )  # fmt: skip
+
+
+def _ratios(part: pd.DataFrame, place: pd.Series, told: str, index: int) -> go.Scatter:
+    """The ratios of one fit that have an estimate, with whiskers cut at :data:`WIDEST`."""
+    drawn = part["value"].notna()
+    whole = part[drawn].assign(
+        lo=part["lo"].clip(lower=1 / WIDEST), hi=part["hi"].clip(upper=WIDEST)
+    )
+    return go.Scatter(
+        x=whole["value"].round(6), y=place[drawn], name=told, mode="markers",
+        marker={"color": colour(index), "symbol": MARKERS[index % len(MARKERS)], "size": 10},
+        error_x=whiskers(whole) | {"color": colour(index), "thickness": 2, "width": 5},
+        customdata=part.loc[drawn, ["lo", "hi", "n", "events"]].round(4),
+        hovertemplate="%{x:.3f} [%{customdata[0]}, %{customdata[1]}], n=%{customdata[2]}, "
+        "%{customdata[3]} losses<extra></extra>",
     )  # fmt: skip
