@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,9 +39,7 @@ def test_roles_of_each_architecture():
         assert shapes["mlp.up"] == (12, WIDTH) and shapes["mlp.down"] == (WIDTH, 12)
 
 
-@pytest.mark.parametrize("kind", ["Olmo2", "Qwen2", "Qwen3", "Gemma3"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_architectures_pass_the_self_check(kind, dtype):
+def other(kind: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
     import transformers
 
     torch.manual_seed(0)
@@ -56,11 +55,23 @@ def test_other_architectures_pass_the_self_check(kind, dtype):
         pad_token_id=0,
     )
     module = getattr(transformers, f"{kind}ForCausalLM")(config).to(dtype).eval()
-    model = LanguageModel(module=module, tokenizer=tokenizer(), run=kind)
+    return LanguageModel(module=module, tokenizer=tokenizer(), run=kind)
+
+
+SPLIT = {"attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.gate", "mlp.down"}
+FUSED = {"attn.qkv", "attn.o", "mlp.gate_up", "mlp.down"}
+OTHERS = {kind: SPLIT for kind in ("Olmo2", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "Mistral")}
+
+
+@pytest.mark.parametrize(("kind", "roles"), [*OTHERS.items(), ("Phi3", FUSED)])
+def test_other_architectures_pass_the_self_check(kind, roles):
+    model = other(kind)
     factors = collect(model, texts(20, 7), dtype="float32")
-    roles = {layer.role for layer in factors.layers}
-    assert roles == {"attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.gate", "mlp.down"}
+    assert {layer.role for layer in factors.layers} == roles
     assert len({id(matrix) for matrix in factors.inputs.values()}) == 2 * 4
+    a, g, _ = slow_factors(model, texts(20, 7), name=factors.layers[0].name, labels="sampled")
+    torch.testing.assert_close(factors.inputs[factors.layers[0].name], a, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(factors.outputs[factors.layers[0].name], g, rtol=1e-4, atol=1e-6)
     before = model.weights_hash()
     with cv.edited(cv.decompose(factors), rho=0.9) as edit:
         assert edit.predicted_damage > 0 and model.weights_hash() != before
@@ -153,8 +164,11 @@ def test_batches_and_order_change_nothing(monkeypatch, labels):
     whole = collect(model, tokens, labels=labels)
     monkeypatch.setattr(fc, "LOGITS_PER_BATCH", {"cpu": 10 * VOCABULARY})  # unequal batches
     split = collect(model, [tokens[i] for i in (3, 0, 5, 1, 4, 2)], labels=labels)
-    assert whole.tokens == split.tokens
+    turned = collect(model, tokens, labels=labels)  # the same batches: the same bits
+    assert whole.tokens == split.tokens == turned.tokens == 32
     for name in whole.outputs:
+        assert torch.equal(split.inputs[name], turned.inputs[name])
+        assert torch.equal(split.outputs[name], turned.outputs[name])
         torch.testing.assert_close(whole.inputs[name], split.inputs[name], rtol=1e-7, atol=1e-9)
         torch.testing.assert_close(whole.outputs[name], split.outputs[name], rtol=1e-7, atol=1e-9)
 
@@ -215,16 +229,28 @@ def test_the_graph_starts_at_the_lowest_tracked_layer():
     assert not needed[0].requires_grad and needed[1].requires_grad
 
 
-def test_checkpointing_counts_once():
-    model, tokens = build("llama"), texts(8, 5)
-    plain = collect(model, tokens)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the new name is not in every 5.x
-        model.module.gradient_checkpointing_enable({"use_reentrant": False})
-    again = collect(model, tokens)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("blocks", [None, [1]])
+def test_recomputation_changes_memory_and_nothing_else(kind, blocks):
+    model, tokens = build(kind), texts(8, 5)
+    parent = model.module.gpt_neox.layers if kind == "neox" else None
+    parent = model.module.transformer.h if kind == "gpt2" else parent or model.module.model.layers
+    collect(model, tokens)  # the first time the head is compared, too
+    counts = [0, 0]
+    for number, block in enumerate(parent):
+        count = lambda *_, n=number: counts.__setitem__(n, counts[n] + 1)  # noqa: E731
+        block.ln_1.register_forward_hook(count) if kind == "gpt2" else (
+            block.input_layernorm.register_forward_hook(count)
+        )
+    plain = collect(model, tokens, blocks=blocks)
+    # the self-check and one batch
+    assert counts == [2, 2]
+    again = collect(model, tokens, blocks=blocks, recompute=True)
+    assert counts == [4 + (2 if blocks is None else 0), 6]
     for name in plain.outputs:
-        torch.testing.assert_close(plain.inputs[name], again.inputs[name])
-        torch.testing.assert_close(plain.outputs[name], again.outputs[name])
+        assert torch.equal(plain.inputs[name], again.inputs[name])
+        assert torch.equal(plain.outputs[name], again.outputs[name])
+    assert not any("forward" in vars(block) for block in parent)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -243,6 +269,7 @@ def test_factors_that_are_not_finite_name_layer_and_batch():
     sums = fc.FactorSums(check, torch.float64)
     layers = fc.linear_layers(model.module, blocks=[1], roles=["mlp.up"])
     sums.leader = {layers[0].name: layers[0].name}
+    assert check[layers[0].name] == layers[0].name
     sums.begin(torch.ones(1, 2, dtype=torch.bool))
     sums.see(layers[0], torch.ones(1, 2, WIDTH), torch.full((1, 2, 12), torch.nan))
     with pytest.raises(InputError) as error:
@@ -285,6 +312,355 @@ def test_few_tokens_are_said_with_their_numbers():
     # the widest factor is the fused query, key and value: 3 * 8 = 24 dimensions
     with pytest.warns(UserWarning, match=r"10 tokens for factors of up to 24 dim.*\(240\)"):
         fc.collect_factors(build("neox"), texts(11))
+
+
+# The loss's gradient, labels and sums, each by another route
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "Gemma2", "Gemma3"])
+@pytest.mark.parametrize("labels", fc.LABELS)
+@pytest.mark.parametrize("rows", [1, 5, 1000])
+def test_gradients_without_the_vocabulary_are_those_of_the_loss(kind, labels, rows):
+    model = build(kind, bos=2) if kind in KINDS else other(kind, torch.float64)
+    assert kind != "Gemma2" or model.module.config.final_logit_softcapping == 30.0
+    ids, targets, mask = fc.padded(model, texts(9, 4, 2))
+    layers, seen = fc.linear_layers(model.module), ({}, {}, {})
+
+    def by_definition():
+        fc.summed_loss(model, ids, targets, mask, labels, 7).backward()
+
+    def in_pieces():
+        fc.add_gradients(model, ids, targets, mask, labels, 7, rows=rows)
+
+    with fc.frozen(model.module):
+        for number, way in enumerate((by_definition, in_pieces, in_pieces)):
+            if number == 2:
+                model._own_head["agrees"] = False  # a head unknown here takes the first way
+            see = lambda layer, a, g, n=number: seen[n].update({layer.name: g})  # noqa: E731
+            with fc.gradients_seen(layers, see):
+                way()
+    for name, gradient in seen[0].items():
+        torch.testing.assert_close(seen[1][name], gradient, rtol=1e-6, atol=1e-10)
+        assert torch.equal(seen[2][name], gradient)
+        assert gradient.abs().sum() > 0
+
+
+def test_labels_by_hand():
+    # cumulative .25, .25, .5, 1: a draw on a boundary belongs to the next label that has mass
+    p = torch.tensor([[0.25, 0.0, 0.25, 0.5]]).double().expand(6, 4)
+    draws = torch.tensor([0.0, 0.2, 0.25, 0.4, 0.5, 1 - 2**-53]).double()
+    assert fc.label_at(p, draws).tolist() == [0, 0, 2, 2, 3, 3]
+    # what stands at the end without mass is never drawn, also where rounding reaches the total
+    p = torch.tensor([[0.1, 0.2, 0.0]]).double()
+    assert fc.label_at(p, torch.tensor([1.0]).double()).tolist() == [1]
+
+
+@pytest.mark.parametrize("vocabulary", [3, 255, 256, 257, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_labels_by_spans_are_those_of_one_cumulative_sum(vocabulary, dtype):
+    rng = np.random.default_rng(vocabulary)
+    p = torch.from_numpy(rng.dirichlet(np.full(vocabulary, 0.05), size=500)).to(dtype)
+    draws = torch.from_numpy(rng.random(500))
+    cumulative = p.double().cumsum(1)
+    want = (cumulative <= draws[:, None] * cumulative[:, -1:]).sum(1)
+    got = fc.label_at(p, draws)
+    # float32 sums of spans round at 1e-7: of 500 draws under .01 is expected to cross a boundary
+    assert torch.equal(got, want)
+    assert (p[torch.arange(500), got] > 0).all()
+
+
+@pytest.mark.parametrize("n", [1, 5, 511, 512, 513, 1100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_half_products_mirrored_are_whole_products(n, dtype):
+    rng = np.random.default_rng(n)
+    parts = [torch.from_numpy(rng.integers(-3, 4, size=(r, n))).to(dtype) for r in (1, 40)]
+    total = torch.zeros(n, n, dtype=dtype)
+    for part in parts:
+        fc.add_upper(total, part)
+    # small whole numbers: exact in both
+    assert torch.equal(fc.mirror(total), sum(part.T @ part for part in parts))
+
+
+# Half precision
+
+
+def test_half_precision_is_cast_and_said():
+    model = other("Qwen2", torch.bfloat16)
+    before = model.weights_hash()
+    with pytest.warns(UserWarning) as caught:
+        factors = fc.collect_factors(model, texts(30, 30, 30, 30, 30, seed=1), blocks=[0])
+    said = [str(each.message) for each in caught if "bfloat16" in str(each.message)]
+    assert said == [
+        "collect_factors: the weights are bfloat16, in which squared gradients underflow; a "
+        "float32 copy of the model is used"
+    ]
+    assert caught[0].filename == __file__
+    assert model.module.dtype == torch.bfloat16 and model.weights_hash() == before
+    assert factors.passport["weights"] == before
+    wide = collect(model.copy(), texts(30, 30, 30, 30, 30, seed=1), blocks=[0], dtype="float32")
+    for layer in factors.layers:
+        assert layer.module is model.module.get_submodule(layer.name)
+        assert torch.equal(factors.outputs[layer.name], wide.outputs[layer.name])
+
+
+# Files
+
+
+def test_saved_factors_come_back(tmp_path):
+    model = build("llama")
+    factors = collect(model, texts(8, 5), blocks=[1])
+    fc.save_factors(factors, tmp_path / "f.safetensors")
+    assert [each.name for each in tmp_path.iterdir()] == ["f.safetensors"]
+    again = fc.load_factors(tmp_path / "f.safetensors", model)
+    assert again.layers == factors.layers and again.tokens == 11
+    assert again.layers[0].module is factors.layers[0].module
+    assert (again.labels, again.seed) == ("sampled", 0)
+    assert again.passport == factors.passport
+    assert again.passport["sums"] == "float64" and again.passport["sequences"] == 2
+    for name in factors.outputs:
+        assert torch.equal(again.inputs[name], factors.inputs[name])
+        assert torch.equal(again.outputs[name], factors.outputs[name])
+    assert len({id(each) for each in again.inputs.values()}) == 4
+
+
+def test_files_that_do_not_fit_are_refused(tmp_path):
+    model, other_model = build("neox"), build("neox", seed=1)
+    place = tmp_path / "f.safetensors"
+    with pytest.raises(InputError) as error:
+        fc.load_factors(place, model)
+    assert str(error.value) == f"load_factors: no file at {place}; save_factors writes one"
+    fc.save_factors(collect(model, texts(8)), place)
+    with pytest.raises(InputError) as error:
+        fc.load_factors(place, other_model)
+    assert str(error.value) == (
+        f"load_factors: {place} was made of weights {model.weights_hash()}, the model holds "
+        f"{other_model.weights_hash()}; load that model, or collect the factors of this one"
+    )
+    place.write_bytes(place.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"load_factors: .* is not a whole file of factors \("):
+        fc.load_factors(place, model)
+
+
+def test_merged_shards_are_the_whole(tmp_path):
+    model, tokens = build("llama"), texts(9, 4, 4, 13, 2, 6)
+    whole = collect(model, tokens)
+    shards = [collect(model, part) for part in (tokens[:1], tokens[1:5], tokens[5:])]
+    fc.save_factors(shards[1], tmp_path / "s")
+    shards[1] = fc.load_factors(tmp_path / "s", model)
+    merged = fc.merge_factors(shards[::-1])
+    assert merged.tokens == whole.tokens == 32
+    assert merged.passport == whole.passport
+    for name in whole.outputs:
+        torch.testing.assert_close(merged.inputs[name], whole.inputs[name], rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(merged.outputs[name], whole.outputs[name], rtol=1e-7, atol=1e-9)
+    assert len({id(each) for each in merged.inputs.values()}) == 2 * 4
+
+
+def test_unlike_shards_are_refused():
+    model = build("neox")
+    first = collect(model, texts(8))
+    for unlike, difference in (
+        (collect(model, texts(5), labels="gold"), "labels gold, not the sampled"),
+        (collect(model, texts(5), seed=4), "seed 4, not the 0"),
+        (collect(model, texts(5), dtype="float32"), "sums float32, not the float64"),
+        (collect(model, texts(5), blocks=[1]), "layers other than those"),
+    ):
+        with pytest.raises(InputError) as error:
+            fc.merge_factors([first, unlike])
+        assert str(error.value) == (
+            f"merge_factors: shard 1 was made with {difference} of shard 0; make both alike"
+        )
+    with pytest.raises(InputError, match="made with weights [0-9a-f]{16}, not the [0-9a-f]{16} of"):
+        fc.merge_factors([first, collect(build("neox", seed=1), texts(5))])
+    with pytest.raises(InputError, match="shards 0 and 1 hold the same texts; give each once"):
+        fc.merge_factors([first, first])
+    with pytest.raises(InputError, match="merge_factors: got no shards, needs at least one"):
+        fc.merge_factors([])
+
+
+def interrupted(monkeypatch, model, tokens, folder, *, after: int, **options) -> None:
+    """A run that stops before batch ``after``, with sums written after every batch."""
+    plain, calls = fc.add_gradients, []
+
+    def stopping(*given, **named):
+        calls.append(1)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return plain(*given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fc, "SAVE_SECONDS", -1.0)
+        patch.setattr(fc, "add_gradients", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            collect(model, tokens, folder=folder, **options)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_an_interrupted_run_goes_on_to_the_same_bits(monkeypatch, tmp_path, dtype):
+    monkeypatch.setattr(fc, "LOGITS_PER_BATCH", {"cpu": 10 * VOCABULARY})
+    model, tokens = build("llama"), texts(9, 4, 4, 13, 2, 6)
+    whole = collect(model, tokens, dtype=dtype)
+    interrupted(monkeypatch, model, tokens, tmp_path / "f", after=2, dtype=dtype)
+    plain, calls = fc.add_gradients, []
+    monkeypatch.setattr(
+        fc, "add_gradients", lambda *given, **named: (calls.append(1), plain(*given, **named))
+    )
+    # batches of 13, 9, 6 and 4 + 4 and 2 tokens: two were done; the order of texts is free
+    again = collect(model, tokens[::-1], dtype=dtype, folder=tmp_path / "f")
+    assert len(calls) == 3
+    third = collect(model, tokens, dtype=dtype, folder=tmp_path / "f")  # finished: read, not run
+    assert len(calls) == 3
+    for got in (again, third):
+        assert got.tokens == whole.tokens and got.passport == whole.passport
+        for name in whole.outputs:
+            assert torch.equal(got.inputs[name], whole.inputs[name])
+            assert torch.equal(got.outputs[name], whole.outputs[name])
+    assert not list((tmp_path / "f").glob(".*"))
+
+
+def test_a_folder_of_other_settings_is_refused(monkeypatch, tmp_path):
+    model, tokens = build("neox"), texts(8, 5)
+    monkeypatch.setattr(fc, "LOGITS_PER_BATCH", {"cpu": 8 * VOCABULARY})
+    interrupted(monkeypatch, model, tokens, tmp_path, after=1)
+    for options, difference in (
+        ({"labels": "gold"}, "labels sampled, not the gold"),
+        ({"seed": 2}, "seed 0, not the 2"),
+        ({"dtype": "float32"}, "sums float64, not the float32"),
+        ({"roles": ["mlp.up"]}, "layers other than those"),
+        ({"recompute": True}, "recompute False, not the True"),
+        ({"memory": 1.5}, "memory None, not the 1.5"),
+    ):
+        with pytest.raises(InputError) as error:
+            collect(model, tokens, folder=tmp_path, **options)
+        assert str(error.value) == (
+            f"collect_factors: {tmp_path} was begun with {difference} asked for; give another folder"
+        )
+    with pytest.raises(InputError, match="begun with texts [0-9a-f]{16}, not the [0-9a-f]{16} ask"):
+        collect(model, tokens[:1], folder=tmp_path)
+    with pytest.raises(InputError, match="begun with weights [0-9a-f]{16}, not the"):
+        collect(build("neox", seed=1), tokens, folder=tmp_path)
+
+
+# Memory and forecast
+
+
+def test_peak_bytes_by_hand():
+    before = torch.zeros(10_000)
+    with fc.peak_bytes(torch.device("cpu")) as peak:
+        one = torch.zeros(1000)  # 4000 bytes
+        two = one + before[:1000]  # 8000; the slice lies in what was there before
+        three = two.view(10, 100).T  # no bytes of its own
+        assert peak() == 8000
+        del one
+        four = torch.zeros(500)  # 4000 + 2000: the peak stays
+        assert peak() == 8000
+        five = three + 1  # 10,000
+        assert peak() == 10_000
+    assert len(four) + len(five) + len(before) > 0
+
+
+def deep(blocks: int = 3) -> LanguageModel:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=blocks,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=128, bos_token_id=0,
+    )  # fmt: skip
+    module = LlamaForCausalLM(config).eval()
+    return LanguageModel(module=module, tokenizer=tokenizer(), run="deep")
+
+
+def long_texts(n: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 300, size=65) for _ in range(n)]
+
+
+def watched(model, tokens, **options):
+    with fc.peak_bytes(model.device) as peak:
+        factors = collect(model, tokens, **({"dtype": "float32"} | options))
+    return factors, peak()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_forecast_is_what_happens(monkeypatch, recompute):
+    monkeypatch.setattr(fc, "TOKENS_PER_BATCH", {"cpu": 65})  # a text at a time
+    model, tokens = deep(), long_texts(3)
+    ticks = iter([10.0, 12.0])  # 2 s for the first of three texts: 6 s
+    with monkeypatch.context() as patch:
+        patch.setattr(fc, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+        forecast = fc.forecast_factors(model, tokens, recompute=recompute)
+    factors, peak = watched(model, tokens, recompute=recompute)
+    held = {id(each): each.nbytes for each in (*factors.inputs.values(), *factors.outputs.values())}
+    # a block: A of 32 (q k v), 32 (o), 32 (gate up), 64 (down); G of 5 x 32 and 2 x 64
+    assert forecast.factors == sum(held.values()) == 3 * 4 * (8 * 32**2 + 3 * 64**2)
+    assert forecast.peak == pytest.approx(peak, rel=0.05)
+    assert forecast.tokens == factors.tokens == 3 * 64
+    assert (forecast.passes, forecast.tokens_per_batch) == (1, 65)
+    assert forecast.seconds == 6.0
+
+
+def test_recomputation_needs_one_block_and_each_block_s_input():
+    # the activations of every further block are 1 of its inputs, 64 x 32 floats a text
+    tokens = long_texts(20)
+    peaks = {n: watched(deep(n), tokens, recompute=True, blocks=[0])[1] for n in (1, 4)}
+    whole = {n: watched(deep(n), tokens, blocks=[0])[1] for n in (1, 4)}
+    inputs = 3 * 20 * 64 * 32 * 4
+    assert peaks[4] - peaks[1] == pytest.approx(inputs, rel=0.02)
+    assert whole[4] - whole[1] > 5 * inputs
+
+
+def test_a_memory_is_kept_to_by_smaller_batches_and_groups_of_layers(monkeypatch, tmp_path):
+    monkeypatch.setattr(fc, "LOSS_ELEMENTS", {"cpu": fc.FEWEST_ROWS * 300})
+    model, tokens = deep(), long_texts(6)
+    options = {"roles": ["attn.q", "attn.k", "attn.v", "mlp.down"], "dtype": "float64"}
+    whole = collect(model, tokens, **options)
+    every, one = (fc.forecast_factors(model, few, **options) for few in (tokens, tokens[:1]))
+    fewer = (every.peak + one.peak) / 2  # some texts at once, all layers
+    groups = one.peak - 0.6 * one.factors  # one text at once, and under half of the layers
+    for number, memory in enumerate((fewer, groups)):
+        options["memory"] = memory / fc.GIB
+        forecast = fc.forecast_factors(model, tokens, **options)
+        factors, peak = watched(model, tokens, folder=tmp_path / str(number), **options)
+        assert len(list(tmp_path.glob(f"{number}/group-*.safetensors"))) == forecast.passes
+        assert forecast.passes == 1 if memory == fewer else 3 <= forecast.passes <= 4
+        assert forecast.tokens_per_batch == 64 if memory == groups else True
+        assert peak <= memory and forecast.peak <= memory
+        assert factors.layers == whole.layers and factors.tokens == whole.tokens
+        for name in whole.outputs:
+            for one_way, other_way in (
+                (factors.outputs, whole.outputs),
+                (factors.inputs, whole.inputs),
+            ):
+                torch.testing.assert_close(one_way[name], other_way[name], rtol=1e-4, atol=1e-7)
+        # q, k and v stay in one pass, and so share one A
+        assert len({id(each) for each in factors.inputs.values()}) == 3 * 2
+
+
+def test_too_little_memory_is_refused_with_what_is_needed(monkeypatch):
+    monkeypatch.setattr(fc, "LOSS_ELEMENTS", {"cpu": fc.FEWEST_ROWS * 300})
+    model, tokens = deep(), long_texts(4)
+    with pytest.raises(InputError) as error:
+        collect(model, tokens, memory=1e-4)
+    said = r"collect_factors: memory is 0.0001 GiB, one text of 64 positions and one layer's "
+    assert re.match(said + r"factors need 0\.00\d+; give more, or shorter texts$", str(error.value))
+    forecast = fc.forecast_factors(model, tokens[:1])
+    memory = (forecast.peak - forecast.factors / 2) / fc.GIB
+    with pytest.raises(InputError) as error:
+        collect(model, tokens[:1], memory=memory)
+    said = str(error.value)
+    assert said.startswith(f"collect_factors: memory is {memory:.3g} GiB, all factors together nee")
+    assert said.endswith("give a folder, where they are put group by group, or fewer layers")
+    least = float(re.search(r"need ([\d.]+);", said).group(1))
+    collect(model, tokens[:1], memory=least * 1.01)
+
+
+def test_a_long_run_shows_its_tokens(monkeypatch, capsys):
+    monkeypatch.setattr(fc, "SHOWN_AFTER", 0.0)
+    collect(build("neox"), texts(8, 5))
+    assert re.search(r"curvature factors: 100%.* 11.0/11.0", capsys.readouterr().err)
+    collect(build("neox"), texts(8, 5), progress=False)
+    assert capsys.readouterr().err == ""
 
 
 # The Kronecker product against the Gauss-Newton matrix

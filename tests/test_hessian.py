@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.conftest import Numbers, bigram, frame, neox
+from tests.conftest import Numbers, bigram, neox
 from workbench import hessian as hs
 from workbench.models import LanguageModel
 from workbench.table import InputError
@@ -268,12 +267,16 @@ def test_float32_and_half_precision():
         assert hessian.dtype == torch.float64 and hessian.model is exact
         double = hessian.product(vector)
     np.testing.assert_allclose(single, double, atol=1e-5 * np.abs(double).max())
-    with hs.loss_hessian(half, texts) as hessian, hs.loss_hessian(rounded, texts) as other:
+    with pytest.warns(UserWarning) as said, hs.loss_hessian(half, texts) as hessian:
         assert hessian.dtype == torch.float32
+        single = hessian.product(vector)
+    assert [str(each.message) for each in said] == [
+        "loss_hessian: the weights are bfloat16, whose second derivatives would be noise; computed "
+        "on a float32 copy"
+    ]
+    with hs.loss_hessian(rounded, texts) as other:
         wanted = other.product(vector)
-        np.testing.assert_allclose(
-            hessian.product(vector), wanted, atol=1e-5 * np.abs(wanted).max()
-        )
+    np.testing.assert_allclose(single, wanted, atol=1e-5 * np.abs(wanted).max())
     assert half.module.dtype == torch.bfloat16
 
 
@@ -439,71 +442,6 @@ def test_density_is_that_of_the_eigenvalues():
     assert grid[100] == pytest.approx(2.0) and density[0].argmax() == 100
 
 
-# The one table
-
-
-def items() -> pd.DataFrame:
-    texts = [" ".join(map(str, each)) for each in TEXTS]
-    return frame([*texts, "4", "6 5 4 3 2 1"], group=["a", "a", "b", "a", "b"])
-
-
-def test_sharpness_of_groups():
-    model = little()
-    with pytest.warns(UserWarning) as said:
-        table = hs.probe_sharpness(model, items(), top=2, probes=3, starts=2, steps=4, seed=7)
-    assert [str(each.message) for each in said] == [
-        "probe_sharpness: dropped 1 of 5 texts that are shorter than two tokens"
-    ]
-    assert table.attrs["dropped"] == 1 and set(table["run"]) == {"little"}
-    assert set(table["step"]) == {3} and set(table["item"]) == {"all"}
-    for group, texts in (("a", TEXTS[:2]), ("b", [TEXTS[2], TEXTS[0][::-1].copy()])):
-        full = dense(model, texts)
-        mine = table[table["group"] == group].set_index("metric")
-        top = mine.loc["hessian_eigenvalue"].sort_values("rank")
-        np.testing.assert_allclose(top["value"], np.linalg.eigvalsh(full)[:-3:-1], rtol=1e-5)
-        assert top["rank"].tolist() == [1, 2] and top["n"].tolist() == [2, 2]
-        assert (top["hi"] + top["lo"] - 2 * top["value"]).abs().max() < 1e-12
-        signs = hs.rademacher(len(full), 3, seed=7)
-        samples = np.einsum("ki,ij,kj->k", signs, full, signs)
-        trace = mine.loc["hessian_trace"]
-        assert trace["value"] == pytest.approx(samples.mean(), rel=1e-9) and trace["n"] == 3
-        assert trace["se"] == pytest.approx(samples.std(ddof=1) / np.sqrt(3), rel=1e-9)
-        assert trace["hi"] - trace["value"] == pytest.approx(4.3026527 * trace["se"], rel=1e-6)
-        density = mine.loc["hessian_density"]
-        assert len(density) == hs.GRID and (density["lo"] >= 0).all() and set(density["n"]) == {2}
-        under = np.trapezoid(density["value"], density["eigenvalue"])
-        assert under == pytest.approx(1.0, abs=2e-3)
-        with hs.loss_hessian(model, texts) as hessian:
-            norm = np.linalg.norm(hessian.gradient())
-        assert mine.loc["gradient_norm", "value"] == pytest.approx(norm, rel=1e-12)
-    passport = table.attrs["passport"]
-    assert passport["attention"] == "eager" and passport["seed"] == 7
-    assert passport["parameters"] == "all" and passport["weights"] == model.weights_hash()
-
-
-def test_sharpness_of_items_and_of_a_run(model_folder, tokenizer):
-    from workbench.models import load_checkpoints
-
-    text = ["the quick brown fox", "call me"]
-    checkpoints = load_checkpoints(model_folder)
-    options = {"parameters": ["lm_head"], "probes": 4}
-    table = hs.probe_item_sharpness(checkpoints, frame(text, group=["a", "b"]), **options)
-    model = checkpoints.at(0)
-    for name, each in zip(["i0", "i1"], text, strict=True):
-        one = hs.probe_sharpness(model, frame([each]), top=1, starts=0, **options).set_index(
-            "metric"
-        )
-        mine = table[table["item"] == name].set_index("metric")
-        for metric in ("gradient_norm", "hessian_trace"):
-            for column in ("value", "lo", "hi"):
-                got, wanted = mine.loc[metric, column], one.loc[metric, column]
-                assert got == pytest.approx(wanted, rel=1e-5, nan_ok=True), (metric, column)
-        assert mine.loc["hessian_trace", "n"] == 4
-    assert table.attrs["passport"]["parameters"] == ["lm_head"]
-    # the head is linear: its loss is convex, so no probe gives a negative number
-    assert (table["value"] > 0).all() and set(table["group"]) == {"a", "b"}
-
-
 # What cannot be done
 
 
@@ -598,9 +536,6 @@ def test_numbers_that_cannot_be_had_are_refused():
     assert message(lambda: hs.spectral_density(matrix, starts=0, steps=2)) == (
         "spectral_density: starts is 0, needs at least 1"
     )
-    assert message(lambda: hs.probe_sharpness(little(), frame(["1", "2"]))) == (
-        "probe_sharpness: none of 2 texts has two tokens; give longer texts"
-    )
 
 
 def test_eigenvalues_that_do_not_settle_are_refused(monkeypatch):
@@ -610,3 +545,67 @@ def test_eigenvalues_that_do_not_settle_are_refused(monkeypatch):
         "top_eigenvalues: 0 of 3 eigenvalues reached the tolerance of 1e-14 in 1 restarts; ask for "
         "fewer, or raise it"
     )
+
+
+# The graph that a block keeps
+
+
+def counted_passes(model) -> list:
+    passes: list = []
+    model.module.register_forward_hook(lambda *_: passes.append(1))
+    return passes
+
+
+def test_texts_of_one_chunk_run_once_a_block(monkeypatch):
+    model = little()
+    passes = counted_passes(model)
+    with hs.loss_hessian(model, TEXTS) as hessian:
+        vectors = np.random.default_rng(0).normal(size=(10, hessian.size))
+        together = hessian.products(vectors)  # eight vectors, then two
+        one_by_one = np.array([hessian.product(each) for each in vectors])
+        assert len(passes) == 1
+        hessian.gradient()
+        np.testing.assert_array_equal(hessian.product(vectors[0]), together[0])
+        assert len(passes) == 2
+    np.testing.assert_array_equal(one_by_one, together)
+    assert hessian._kept == {}  # the memory goes with the block
+    monkeypatch.setitem(hs.TOKENS_PER_PASS, "cpu", 7)  # a chunk for each text: none is kept
+    with hs.loss_hessian(model, TEXTS) as hessian:
+        hessian.product(vectors[0])
+        assert len(passes) == 2 + 3 and hessian._kept == {}
+        hessian.product(vectors[0])
+        assert len(passes) == 2 + 6
+
+
+def test_a_changed_weight_is_seen_in_the_same_block():
+    model = little()
+    with hs.loss_hessian(model, TEXTS) as hessian:
+        vector = np.random.default_rng(0).normal(size=hessian.size)
+        hessian.product(vector)
+        for change in (
+            lambda: model.module.inner.weight.mul_(1.5),
+            lambda: model.module.embed.weight.data.mul_(1.5),  # which torch does not count
+        ):
+            with torch.no_grad():
+                change()
+            got = hessian.product(vector)
+            with hs.loss_hessian(model, TEXTS) as fresh:
+                np.testing.assert_array_equal(got, fresh.product(vector))
+            for leaf in hessian.parameters.values():  # the inner block has put them back
+                leaf.requires_grad_(True)
+
+
+def test_hessians_of_one_block_keep_one_graph_and_do_not_mix():
+    model = little()
+    with hs.loss_hessian(model, TEXTS, reduction="sum") as hessian:
+        each = [replace(hessian, tokens=[text]) for text in TEXTS]
+        vector = np.random.default_rng(0).normal(size=hessian.size)
+        first = hessian.product(vector)
+        for _ in range(2):
+            apart = [one.product(vector) for one in each]
+            assert all(one._kept is hessian._kept for one in each)
+            np.testing.assert_allclose(np.sum(apart, axis=0), first, atol=1e-14)
+            np.testing.assert_array_equal(hessian.product(vector), first)
+    for text, got in zip(TEXTS, apart, strict=True):
+        with hs.loss_hessian(model, [text], reduction="sum") as alone:
+            np.testing.assert_array_equal(alone.product(vector), got)

@@ -26,10 +26,14 @@ LAYER = {
     "training": 2,
     "factors": 2,
     "curvature": 2.5,
+    "tensors": 2.5,  # roles are those of factors
     "fisher": 2.5,  # it takes labels and hooks from curvature
     "hessian": 3,
+    "kronfluence": 2.5,
+    "patches": 3,
     "sweep": 2,
     "suite": 3,
+    "tasks": 3.5,  # it teaches on a suite, and the probe of tasks checks with it
     "subsets": 4,
     "subject": 5,
     "probes": 4,

@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from tests.conftest import ENGLISH, bigram, frame, neox
 from workbench.models import Checkpoints, LanguageModel, load_checkpoints
+from workbench.plots import plot_barrier, plot_cka, plot_drift, plot_drift_heat, plot_path
 from workbench.probes.weights import (
     barrier_height,
     hsic,
@@ -22,10 +23,11 @@ from workbench.probes.weights import (
     probe_barrier,
     probe_cka,
     probe_weight_drift,
+    probe_weight_path,
     spectrum_sizes,
-    weight_tensors,
 )
 from workbench.table import InputError
+from workbench.tensors import weight_tensors
 
 ITEMS = frame(ENGLISH, group=["seen", "never"] * 3)
 
@@ -154,6 +156,69 @@ def test_what_is_undefined_has_its_reason():
     assert "all weights are 0" in set(gone["reason"])
 
 
+PATH = HAND | {9: [[5, 0], [0, 5]]}
+
+
+def test_turns_by_hand():
+    table = probe_weight_drift(Given(PATH))
+    # changes on the diagonal (0, 5), (3, 0), (-1, -4): at a right angle, then -3 / (3 sqrt 17)
+    turn = [np.nan, np.nan, 0, -1 / 17**0.5]
+    np.testing.assert_allclose(
+        read(table, "weight_turn", tensor="layers.0.mlp.up_proj.weight"), turn
+    )
+    # weights and a bias that stays at 0 are the block's; 5 (of 5) at step 5 in it
+    block = {"tensor": "all", "module": "mlp.up", "layer": 0}
+    np.testing.assert_allclose(read(table, "weight_turn", **block), turn)
+    np.testing.assert_allclose(read(table, "weight_change", **block)[1], 1)
+    # the norm moves once, by (1, 1)
+    assert np.isnan(read(table, "weight_turn", module="norm")).all()
+    norm = table[(table["module"] == "norm") & (table["metric"] == "weight_turn")]
+    why = norm[norm["tensor"] == "all"]["reason"].tolist()
+    assert why == ["no two earlier checkpoints"] * 2 + ["did not move"] * 2
+    straight = Given({step: [[step, 0], [0, 1]] for step in (1, 2, 4)})
+    up = {"tensor": "layers.0.mlp.up_proj.weight", "step": 4}
+    np.testing.assert_allclose(read(probe_weight_drift(straight), "weight_turn", **up), [1])
+
+
+def test_path_by_hand():
+    phases = {"first": (0, 7), "second": (7, 9), "both": (0, 9)}
+    table = probe_weight_path(Given(PATH), phases=phases)
+    up = {"module": "mlp.up", "layer": -1}
+    first, second, both = ({"phase": name, **up} for name in phases)
+    # steps of 5, 3 and sqrt 17 against |W0| = 5; ends (3, 5), (-1, -4) and (2, 1) from the starts
+    np.testing.assert_allclose(read(table, "weight_path", **first), 8 / 5)
+    np.testing.assert_allclose(read(table, "weight_net", **first), 34**0.5 / 5)
+    np.testing.assert_allclose(read(table, "straightness", **first), 34**0.5 / 8)
+    np.testing.assert_allclose(read(table, "weight_path", **second), 17**0.5 / 5)
+    np.testing.assert_allclose(read(table, "straightness", **second), 1)
+    np.testing.assert_allclose(read(table, "weight_path", **both), (8 + 17**0.5) / 5)
+    np.testing.assert_allclose(read(table, "straightness", **both), 5**0.5 / (8 + 17**0.5))
+    for here, there, cosine in (
+        (first, "second", -23 / (34 * 17) ** 0.5),
+        (second, "first", -23 / (34 * 17) ** 0.5),
+        (both, "first", 11 / (5 * 34) ** 0.5),
+    ):
+        np.testing.assert_allclose(read(table, "phase_cosine", against=there, **here), cosine)
+    # with the norm, which moves sqrt 2 in the first step and is sqrt 2 long
+    whole = {"module": "all", "layer": -1, "phase": "first"}
+    np.testing.assert_allclose(read(table, "weight_path", **whole), (27**0.5 + 3) / 27**0.5)
+    np.testing.assert_allclose(read(table, "weight_net", **whole), (36 / 27) ** 0.5)
+    still = table[(table["module"] == "norm") & (table["phase"] == "second")]
+    reasons = still.set_index("metric")["reason"].astype(object).to_dict()
+    assert reasons["straightness"] == reasons["phase_cosine"] == "did not move"
+    assert read(still, "weight_path").tolist() == read(still, "weight_net").tolist() == [0]
+    by_phase = table.groupby("phase", observed=True)[["step", "changes"]].agg(["min", "max"])
+    assert by_phase.loc["first"].tolist() == [7, 7, 2, 2]
+    assert by_phase.loc["second"].tolist() == [9, 9, 1, 1]
+    assert set(table["layer"][table["module"] == "mlp.up"]) == {-1, 0}
+    nothing = probe_weight_path(Given({0: [[0, 0], [0, 0]], 5: [[1, 0], [0, 0]]}))
+    assert set(nothing["phase"]) == {"whole run"}
+    up = nothing[(nothing["module"] == "mlp.up") & (nothing["layer"] == 0)]
+    up = up.set_index("metric")
+    assert up.loc["weight_path", "reason"] == "all weights are 0 at the first step"
+    assert up.loc["straightness", "value"] == 1
+
+
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("run")
@@ -192,6 +257,30 @@ def test_drift_is_what_the_files_say(run_folder):
     change = np.linalg.norm(total[9] - total[4]) / np.linalg.norm(total[4])
     got = read(table, "weight_change", module="all", step=9)
     np.testing.assert_allclose(got, [change], rtol=1e-12)
+
+
+def test_path_is_what_the_files_say(run_folder):
+    table = probe_weight_path(
+        load_checkpoints(run_folder), phases={"one": (0, 4), "two": (4, 9), "whole": (0, 9)}
+    )
+    files = [load_file(run_folder / f"step{step}" / "model.safetensors") for step in (0, 4, 9)]
+    name = "gpt_neox.layers.1.mlp.dense_h_to_4h"
+    for layer, parts in ((1, [f"{name}.weight", f"{name}.bias"]), (-1, sorted(files[0]))):
+        at = [np.concatenate([f[n].astype(float).ravel() for n in parts]) for f in files]
+        where = {"module": "mlp.up" if layer == 1 else "all", "layer": layer}
+        lengths = [np.linalg.norm(at[i + 1] - at[i]) for i in (0, 1)]
+        size, net = np.linalg.norm(at[0]), np.linalg.norm(at[2] - at[0])
+        whole = {"phase": "whole", **where}
+        np.testing.assert_allclose(read(table, "weight_path", **whole), sum(lengths) / size)
+        np.testing.assert_allclose(read(table, "weight_net", **whole), net / size)
+        np.testing.assert_allclose(read(table, "straightness", **whole), net / sum(lengths))
+    first, second = at[1] - at[0], at[2] - at[1]
+    want = first @ second / (lengths[0] * lengths[1])
+    got = read(table, "phase_cosine", phase="two", against="one", module="all")
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    drift = probe_weight_drift(load_checkpoints(run_folder))
+    turn = read(drift, "weight_turn", module="all", step=9)
+    np.testing.assert_allclose(turn, want, rtol=1e-6)
 
 
 def test_a_run_of_equal_checkpoints_does_not_drift(tmp_path, tokenizer):
@@ -295,6 +384,34 @@ def test_drift_errors(run_folder, tmp_path, tokenizer):
     assert str(error.value) == (
         "probe_weight_drift: whole holds torch.int8 weights, needs floats; load the model without "
         "quantisation"
+    )
+
+
+def test_path_errors(run_folder, tokenizer):
+    run = load_checkpoints(run_folder)
+    with pytest.raises(InputError) as error:
+        probe_weight_path(language(neox(), tokenizer))
+    assert str(error.value) == (
+        "probe_weight_path: source is a LanguageModel, needs the checkpoints of a run; load them "
+        "with load_checkpoints"
+    )
+    with pytest.raises(InputError) as error:
+        probe_weight_path(run, phases={})
+    assert str(error.value) == (
+        "probe_weight_path: phases is empty; give names with steps, or None for one phase"
+    )
+    for start, end in ((0, 5), (3, 9), (4, 4), (9, 0)):
+        with pytest.raises(InputError) as error:
+            probe_weight_path(run, phases={"late": (start, end)})
+        assert str(error.value) == (
+            f"probe_weight_path: phase 'late' runs from {start} to {end}, needs a checkpoint and a "
+            "later one; there are [0, 4, 9]"
+        )
+    with pytest.raises(InputError) as error:
+        probe_weight_path(Given(HAND | {7: [[float("nan"), 0], [0, 1]]}))
+    assert str(error.value) == (
+        "probe_weight_path: layers.0.mlp.up_proj.weight is not finite at step 7 of given; the "
+        "checkpoint holds NaN or Inf: leave that step out with select"
     )
 
 
@@ -599,3 +716,98 @@ def test_barrier_errors(tokenizer):
         "probe_barrier: a at step 0 and b at step 0 have one shape, but num_attention_heads 2 "
         "against 4; what lies between is neither's model"
     )
+
+
+# Plots
+
+
+def drawn(figure) -> dict[str, list]:
+    return {
+        t.hovertemplate.split("<extra>")[-1].removesuffix("</extra>"): list(t.y)
+        for t in figure.data
+    }
+
+
+def test_drift_is_drawn_by_role_and_block():
+    table = probe_weight_drift(Given(PATH))
+    lines = drawn(plot_drift(table, title="t"))
+    np.testing.assert_allclose(lines["mlp.up, block 0"], [0, 1, 34**0.5 / 5, 5**0.5 / 5], atol=1e-6)
+    np.testing.assert_allclose(lines["all, all blocks, or outside"][:2], [0, 1], atol=1e-6)
+    figure = plot_drift(table, metric="condition_number")
+    assert figure.layout.yaxis.type == "log"
+    np.testing.assert_allclose(drawn(figure)["mlp.up, block 0"], [4 / 3, 3, 1.5, 1], atol=1e-6)
+    heat = plot_drift_heat(table, step=7).data[0]
+    assert (list(heat.x), list(heat.y)) == (["mlp.up"], ["block 0"])
+    np.testing.assert_allclose(heat.z, [[34**0.5 / 5]], atol=1e-6)
+    assert "step 9" in plot_drift_heat(table).layout.xaxis.title.text
+    with pytest.raises(InputError) as error:
+        plot_drift_heat(table, step=6)
+    assert str(error.value) == "plot_drift_heat: no rows at step 6; there are 0, 5, 7, 9"
+    with pytest.raises(InputError) as error:
+        plot_drift_heat(table[table["module"] == "norm"])
+    assert str(error.value) == (
+        "plot_drift_heat: no weight_change of any block; there is nothing to map"
+    )
+    with pytest.raises(InputError) as error:
+        plot_drift(table[table["step"] == 0], metric="weight_turn")
+    assert str(error.value) == (
+        "plot_drift: weight_turn is undefined in all rows; ask for another step"
+    )
+    with pytest.raises(InputError) as error:
+        plot_drift(pd.concat([table, table.assign(run="other")]))
+    assert str(error.value) == (
+        "plot_drift: several rows per (step, module, layer); select one run"
+    )
+
+
+def test_paths_are_drawn_by_phase():
+    table = probe_weight_path(Given(PATH), phases={"first": (0, 7), "second": (7, 9)})
+    path, net = plot_path(table, module="mlp.up").data
+    assert list(path.x) == ["first", "second"]
+    np.testing.assert_allclose(path.y, [8 / 5, 17**0.5 / 5], atol=1e-6)
+    np.testing.assert_allclose(net.y, [34**0.5 / 5, 17**0.5 / 5], atol=1e-6)
+    assert list(path.text) == ["0.73", ""]  # sqrt 34 / 8; one change is always straight
+    with pytest.raises(InputError) as error:
+        plot_path(table, module="mlp.gate")
+    assert str(error.value) == "plot_path: no rows of module 'mlp.gate'"
+
+
+def test_a_barrier_is_drawn_with_its_height():
+    a, b = bigram([[0, 0], [0, 0]], run="a"), bigram([[0, 2], [0, 0]], run="b", step=4)
+    table = probe_barrier(a, b, frame(["0 1", "1 0"], group=["seen", "never"]), points=3)
+    figure = plot_barrier(table)
+    loss, ends, tall = figure.data[:3]  # of one item: no band
+    np.testing.assert_allclose(loss.y, [0.6931472, 0.3132617, 0.1269280], atol=1e-6)
+    assert loss.name == "seen: -0.10"
+    np.testing.assert_allclose(ends.y, [0.6931472, 0.1269280], atol=1e-6)
+    # from the line's middle to the loss
+    np.testing.assert_allclose(tall.y, [0.4100376, 0.3132617], atol=1e-6)
+    assert list(tall.x) == [0.5, 0.5]
+    assert figure.layout.xaxis.title.text == (
+        "place on the line, from a at step 0 (0) to b at step 4 (1)"
+    )
+    with pytest.raises(InputError) as error:
+        plot_barrier(pd.concat([table, table.assign(run="c")]))
+    assert str(error.value) == (
+        "plot_barrier: several rows per (group, alpha); select one pair of models"
+    )
+
+
+def test_cka_is_drawn_with_its_floor(tokenizer):
+    a, b = language(neox(0), tokenizer), language(neox(1), tokenizer, run="b")
+    table = pd.concat(
+        [
+            probe_cka(a, b, ITEMS).assign(pair="floor"),
+            probe_cka(a, a, ITEMS).assign(pair="itself"),
+        ]
+    )
+    itself, floor = plot_cka(table, floor="floor").data
+    np.testing.assert_allclose(itself.y, 1)
+    assert (itself.name, floor.name, floor.line.dash) == ("itself", "floor", "dash")
+    assert plot_cka(probe_cka(a, b, ITEMS)).data[0].name == "b at step 0, a at step 0"
+    with pytest.raises(InputError) as error:
+        plot_cka(table, floor="ceiling")
+    assert str(error.value) == "plot_cka: no pair 'ceiling'; there are floor, itself"
+    with pytest.raises(InputError) as error:
+        plot_cka(table.assign(pair="one"))
+    assert str(error.value) == "plot_cka: several rows per (pair, layer); select one"

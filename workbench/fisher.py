@@ -9,7 +9,6 @@ matter far more to what is to be forgotten than to everything are made smaller.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -27,24 +26,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
+from workbench import factors
 from workbench.factors import (
     LABELS,
-    LOGITS_PER_BATCH,
+    TEXTS_HASH,
     Layer,
     frozen,
     gradients_seen,
     padded,
     sampled_labels,
     summed_loss,
+    texts_hash,
+    with_full_digits,
 )
-from workbench.models import TOKENS_PER_BATCH, LanguageModel, buckets
+from workbench.models import LanguageModel, buckets
 from workbench.table import InputError, whole_file
 
 EXAMPLES = ("sequence", "token")
 CHECK_TOLERANCE = 1e-3  # relative; rounding is far below, a wrong route far above
 SETTINGS = ("weights", "example", "labels", "seed")  # in which shards must agree
 COMPARABLE = ("weights", "example", "labels")  # in which two Fishers must agree to be compared
-TEXTS_HASH = 2**64  # hashes of texts are added modulo this, so that their order changes nothing
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,8 @@ def diagonal_fisher(
     _refuse_options(example, labels, tokens_per_batch)
     tokens = _usable_tokens(model, texts)
     passport = model.passport()  # of the weights that came, not of a copy in float32
-    model = _with_full_digits(model)
-    budget = tokens_per_batch or _tokens_per_batch(model)
+    model = with_full_digits(model, "diagonal_fisher")
+    budget = tokens_per_batch or factors.tokens_per_batch(model)
     kind = torch.float64 if model.module.dtype == torch.float64 else torch.float32
     sums = {
         name: torch.zeros_like(each, dtype=kind, requires_grad=False)
@@ -149,7 +150,7 @@ def diagonal_fisher(
             "example": example,
             "labels": labels,
             "seed": seed,
-            "texts": f"{sum(map(_hash_of, tokens)) % TEXTS_HASH:016x}",
+            "texts": texts_hash(tokens),
             "sequences": len(tokens),
             "tokens": sum(len(each) - 1 for each in tokens),
         },
@@ -186,30 +187,6 @@ def _usable_tokens(model: LanguageModel, texts) -> list[Int[np.ndarray, " pos"]]
                 "load the model without quantisation"
             )
     return tokens
-
-
-def _with_full_digits(model: LanguageModel) -> LanguageModel:
-    """A float32 copy of a model in half precision, whose squared gradients would underflow."""
-    kind = model.module.dtype
-    if kind in (torch.float32, torch.float64):
-        return model
-    warnings.warn(
-        f"diagonal_fisher: the weights are {str(kind).removeprefix('torch.')}, in which squared "
-        "gradients underflow; a float32 copy of the model is used",
-        stacklevel=3,
-    )
-    return model.copy()
-
-
-def _tokens_per_batch(model: LanguageModel) -> int:
-    kind = model.device.type
-    logits = LOGITS_PER_BATCH.get(kind, LOGITS_PER_BATCH["cpu"])
-    return min(TOKENS_PER_BATCH.get(kind, 4096), max(1, logits // model.vocabulary))
-
-
-def _hash_of(tokens: Int[np.ndarray, " pos"]) -> int:
-    data = np.ascontiguousarray(tokens, dtype="<i8").tobytes()
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest())
 
 
 def _batches(model, tokens, example: str, labels: str, seed: int, budget: int) -> Iterator[_Batch]:

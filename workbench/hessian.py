@@ -14,17 +14,15 @@ import contextlib
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float, Int
 
 from workbench.factors import DTYPES, LOGITS_PER_BATCH, padded, summed_loss
-from workbench.items import check_items, items_hash
-from workbench.models import Checkpoints, LanguageModel, buckets
-from workbench.table import InputError, rows, validate
+from workbench.models import LanguageModel, buckets
+from workbench.table import InputError
 
 REDUCTIONS = ("mean", "sum")
 # a graph of the gradient holds about four times what a forward pass holds
@@ -54,6 +52,8 @@ class Hessian:
     tokens: Sequence[Int[np.ndarray, " pos"]]
     parameters: dict[str, torch.nn.Parameter]
     scale: float
+    # the gradient of the last products and what it was of; one a block, also after replace()
+    _kept: dict = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def size(self) -> int:
@@ -83,7 +83,9 @@ class Hessian:
         """``H v`` for each row, exact but for rounding (1e-6 of its norm in float32).
 
         Texts are taken in chunks, and each chunk's gradient is built once for up to eight
-        vectors; neither the chunks nor the vectors beside one another change a product.
+        vectors; neither the chunks nor the vectors beside one another change a product. Texts of a
+        single chunk have it built once for all calls, until a weight changes: a product then costs
+        a third less, and the graph stays in memory for the length of the block.
         """
         vectors = np.atleast_2d(vectors)
         if vectors.ndim != 2 or vectors.shape[1] != self.size:
@@ -91,35 +93,57 @@ class Hessian:
                 f"products: vectors of shape {vectors.shape}, needs [vector, {self.size}]: one "
                 "number for each parameter"
             )
-        parts = [
-            self._products(torch.as_tensor(vectors[at : at + VECTORS]))
-            for at in range(0, len(vectors), VECTORS)
-        ]
-        return np.concatenate(parts) if parts else np.zeros(vectors.shape)
+        out = np.zeros(vectors.shape)
+        for at in range(0, len(vectors), VECTORS):
+            few = slice(at, at + VECTORS)
+            self._add_products(torch.as_tensor(vectors[few]), torch.from_numpy(out[few]))
+        return out
 
     def product(self, vector: Float[np.ndarray, " size"]) -> Float[np.ndarray, " size"]:
         """``H v`` of one vector."""
         return self.products(np.ravel(vector))[0]
 
     @torch.enable_grad()
-    def _products(self, vectors: torch.Tensor) -> Float[np.ndarray, "vector size"]:
-        vectors = vectors.to(self.dtype).to(self.model.device)
-        out = torch.zeros_like(vectors)
-        for loss in self._losses():
-            gradients = _grad(loss, self._leaves, create_graph=True)
+    def _add_products(
+        self,
+        vectors: Float[torch.Tensor, "vector size"],
+        out: Float[torch.Tensor, "vector size"],
+    ) -> None:
+        device = self.model.device
+        on_cpu = device.type == "cpu"
+        totals = out if on_cpu else torch.zeros(out.shape, dtype=self.dtype, device=device)
+        for gradients, retain in self._gradients():
             # the gradient of what the loss does not use has no graph: its second derivative is 0,
             # and autograd refuses to be asked for it
             curved = [i for i, each in enumerate(gradients) if each.requires_grad]
             for row, vector in enumerate(vectors):
+                # piece by piece: copies of whole vectors cost as much as the product they are for
                 pieces = self._pieces(vector)
                 second = _grad(
                     [gradients[i] for i in curved],
                     self._leaves,
-                    vectors=[pieces[i] for i in curved],
-                    retain_graph=row + 1 < len(vectors),
+                    vectors=[pieces[i].to(device, self.dtype) for i in curved],
+                    retain_graph=retain or row + 1 < len(vectors),
                 )
-                out[row] += self._flat(second)
-        return out.cpu().double().numpy()
+                for total, piece in zip(self._pieces(totals[row]), second, strict=True):
+                    total += piece
+        if not on_cpu:
+            out += totals.cpu()
+
+    def _gradients(self) -> Iterator[tuple[Sequence[torch.Tensor], bool]]:
+        """The gradient of each chunk, with its graph, and whether that is kept for later calls."""
+        self._refuse_ended()
+        keep = len(self._chunks()) == 1
+        weights = self.model.weights_hash() if keep else ""
+        if keep and self._kept.get("of") is self and self._kept["weights"] == weights:
+            yield self._kept["gradients"], True
+            return
+        self._kept.clear()  # before the next is built: two at once are twice the memory
+        for loss in self._losses():
+            gradients = _grad(loss, self._leaves, create_graph=True)
+            if keep:
+                self._kept.update(of=self, weights=weights, gradients=gradients)
+            yield gradients, keep
 
     @property
     def _leaves(self) -> list[torch.nn.Parameter]:
@@ -132,14 +156,20 @@ class Hessian:
         parts = vector.split([each.numel() for each in self._leaves])
         return [part.view_as(leaf) for part, leaf in zip(parts, self._leaves, strict=True)]
 
-    def _losses(self) -> Iterator[Float[torch.Tensor, ""]]:
+    def _refuse_ended(self) -> None:
         if not all(each.requires_grad for each in self._leaves):
             raise InputError(
                 "loss_hessian: its parameters take no gradients (any more); use it inside its "
                 "with block, and leave their flags alone"
             )
+
+    def _chunks(self) -> list[Int[np.ndarray, " text"]]:
         lengths = np.array([len(each) for each in self.tokens])
-        for batch, index in enumerate(buckets(lengths, _tokens_per_pass(self.model))):
+        return list(buckets(lengths, tokens_per_pass(self.model)))
+
+    def _losses(self) -> Iterator[Float[torch.Tensor, ""]]:
+        self._refuse_ended()
+        for batch, index in enumerate(self._chunks()):
             ids, targets, mask = padded(self.model, [self.tokens[i] for i in index])
             loss = summed_loss(self.model, ids, targets, mask, "gold", 0) * self.scale
             if not bool(torch.isfinite(loss)):
@@ -166,7 +196,8 @@ def _grad(
     )
 
 
-def _tokens_per_pass(model: LanguageModel) -> int:
+def tokens_per_pass(model: LanguageModel) -> int:
+    """How many tokens, padding included, a graph of the gradient is built for at once."""
     kind = model.device.type
     logits = LOGITS_PER_BATCH.get(kind, LOGITS_PER_BATCH["cpu"]) // GRAPH
     return min(TOKENS_PER_PASS.get(kind, 2048), max(1, logits // model.vocabulary))
@@ -205,11 +236,15 @@ def loss_hessian(
             f"loss_hessian: reduction {reduction!r}; choose from {', '.join(REDUCTIONS)}"
         )
     _refuse_lengths(model, tokens)
-    model = _in_dtype(model, dtype)
+    model = in_dtype(model, dtype)
     chosen = _chosen(model.module, parameters)
     counted = sum(len(each) - 1 for each in tokens)
-    with _twice_differentiable(model.module, chosen):
-        yield Hessian(model, tokens, chosen, 1.0 if reduction == "sum" else 1.0 / counted)
+    with twice_differentiable(model.module, chosen):
+        hessian = Hessian(model, tokens, chosen, 1.0 if reduction == "sum" else 1.0 / counted)
+        try:
+            yield hessian
+        finally:
+            hessian._kept.clear()
 
 
 def _refuse_lengths(model: LanguageModel, tokens: Sequence[np.ndarray]) -> None:
@@ -225,19 +260,31 @@ def _refuse_lengths(model: LanguageModel, tokens: Sequence[np.ndarray]) -> None:
         )
 
 
-def _in_dtype(model: LanguageModel, dtype: str | None) -> LanguageModel:
-    """The model, or a copy of it in the dtype asked for."""
+def in_dtype(model: LanguageModel, dtype: str | None, asker: str = "loss_hessian") -> LanguageModel:
+    """The model, or a copy of it in the dtype asked for.
+
+    None is the model's own; half precision is cast to float32, with a warning that says so.
+
+    Raises:
+        InputError: An unknown dtype, or quantised weights.
+    """
     if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"loss_hessian: dtype {dtype!r}; choose from {', '.join(DTYPES)}")
+        raise InputError(f"{asker}: dtype {dtype!r}; choose from {', '.join(DTYPES)}")
     for name, each in model.module.named_parameters():
         if not each.is_floating_point():
             raise InputError(
-                f"loss_hessian: {name} holds {each.dtype} weights; second derivatives need float "
+                f"{asker}: {name} holds {each.dtype} weights; second derivatives need float "
                 "weights: load the model without quantisation"
             )
     own = {each.dtype for each in model.module.parameters()}
     if dtype is None and (len(own) > 1 or not own <= set(DTYPES.values())):
         dtype = "float32"
+        held = ", ".join(sorted(str(each).removeprefix("torch.") for each in own))
+        warnings.warn(
+            f"{asker}: the weights are {held}, whose second derivatives would be noise; computed "
+            "on a float32 copy",
+            stacklevel=4,
+        )
     if dtype is None or own == {DTYPES[dtype]}:
         return model
     copied = model.copy()
@@ -272,7 +319,7 @@ def _under(parameter: str, name: str) -> bool:
 
 
 @contextlib.contextmanager
-def _twice_differentiable(
+def twice_differentiable(
     module: torch.nn.Module, chosen: dict[str, torch.nn.Parameter]
 ) -> Iterator[None]:
     """Eager attention, no dropout, gradients for the chosen parameters alone, TF32 off."""
@@ -471,162 +518,3 @@ def spectral_density(
     width = SMOOTHING * span
     grid = np.linspace(every.min() - 4 * width, every.max() + 4 * width, GRID)
     return grid, np.array([smoothed(*each, grid, width) for each in found])
-
-
-# The one table
-
-
-def probe_sharpness(
-    model: LanguageModel | Checkpoints,
-    items: pd.DataFrame,
-    *,
-    parameters: Sequence[str] | None = None,
-    top: int = 5,
-    probes: int = 32,
-    starts: int = 3,
-    steps: int = 20,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Sharpness of the mean loss per token over each group of items, at each step of a run.
-
-    One Hessian a group and step. Costs about ``2 probes / 3 + starts x steps`` and some dozens of
-    products for the eigenvalues, each about three times a gradient over the group's texts.
-
-    Args:
-        model: A model, or checkpoints of a run.
-        items: Items frame; texts are cut to the context, those under two tokens dropped.
-        parameters: As :func:`loss_hessian`; None takes all.
-        top: How many of the largest eigenvalues.
-        probes: Random vectors of the trace.
-        starts, steps: Random starts of the density, and steps from each; 0 starts leave it out.
-
-    Returns:
-        Table, values in nats per token. ``hessian_eigenvalue`` for each ``rank`` from 1; within lo
-        to hi lies an eigenvalue of this Hessian for certain (norm of the residual), and n counts
-        texts. ``hessian_trace`` with ``se``; lo to hi is a 95 % t interval over n probes.
-        ``hessian_density`` at each ``eigenvalue`` of a grid, with a 95 % t interval over n starts,
-        cut at 0. ``gradient_norm`` of the mean loss, exact: 0 at a stationary point. No interval
-        speaks of other texts. ``.attrs["dropped"]`` counts texts.
-
-    Raises:
-        InputError: No usable text, or as :func:`loss_hessian` and :func:`top_eigenvalues`.
-    """
-    parts = []
-    for number, (one, tokens, kept) in enumerate(_readings(model, items, "probe_sharpness")):
-        for group in kept["group"].unique():
-            members = np.flatnonzero(kept["group"] == group)
-            where = {"run": one.run, "step": one.step, "group": str(group)}
-            few = [tokens[i] for i in members]
-            with loss_hessian(one, few, parameters=parameters) as hessian:
-                parts += _spectrum_rows(hessian, where, top, probes, starts, steps, seed)
-        if number == 0:
-            passport, dropped = one.passport(), kept.attrs["dropped"]
-    table = validate(pd.concat(parts, ignore_index=True))
-    table.attrs = {"passport": _passport(passport, items, parameters, seed), "dropped": dropped}
-    return table
-
-
-def _spectrum_rows(hessian, where, top, probes, starts, steps, seed) -> list[pd.DataFrame]:
-    texts = len(hessian.tokens)
-    values, residuals = top_eigenvalues(hessian, top, seed=seed)
-    trace, error, low, high = mean_interval(trace_samples(hessian, probes, seed=seed))
-    parts = [
-        rows("gradient_norm", np.linalg.norm(hessian.gradient()), n=texts, **where),
-        rows(
-            "hessian_eigenvalue",
-            values,
-            lo=values - residuals,
-            hi=values + residuals,
-            n=texts,
-            beside={"rank": np.arange(1, top + 1)},
-            **where,
-        ),
-        rows("hessian_trace", trace, lo=low, hi=high, n=probes, beside={"se": error}, **where),
-    ]
-    if starts:
-        grid, density = spectral_density(hessian, starts=starts, steps=steps, seed=seed)
-        mean, error, low, high = mean_interval(density)
-        beside = {"eigenvalue": grid, "se": error}
-        interval = {"lo": np.maximum(low, 0.0), "hi": high, "n": starts}
-        parts.append(rows("hessian_density", mean, beside=beside, **interval, **where))
-    return parts
-
-
-def probe_item_sharpness(
-    model: LanguageModel | Checkpoints,
-    items: pd.DataFrame,
-    *,
-    parameters: Sequence[str] | None = None,
-    probes: int = 8,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """How sharp the loss of each item is by itself, at each step of a run.
-
-    A memorized item has a small gradient; whether it also lies in a sharp place of its own is what
-    the trace says.
-
-    Args:
-        model, items, parameters: As :func:`probe_sharpness`.
-        probes: Random vectors of each trace; all items have the same ones, so that differences
-            between items are less noisy than either.
-
-    Returns:
-        Table with, for each item and step, of its mean loss per token: ``gradient_norm``, exact,
-        and ``hessian_trace`` with ``se`` and a 95 % t interval over n probes.
-
-    Raises:
-        InputError: As :func:`probe_sharpness`.
-    """
-    parts = []
-    for number, (one, tokens, kept) in enumerate(_readings(model, items, "probe_item_sharpness")):
-        norms, samples = np.empty(len(tokens)), np.empty((probes, len(tokens)))
-        with loss_hessian(one, tokens, parameters=parameters) as whole:
-            for i, each in enumerate(tokens):
-                hessian = replace(whole, tokens=[each], scale=1.0 / (len(each) - 1))
-                norms[i] = np.linalg.norm(hessian.gradient())
-                samples[:, i] = trace_samples(hessian, probes, seed=seed)
-        where = {"run": one.run, "step": one.step, "group": kept["group"], "item": kept["item"]}
-        trace, error, low, high = mean_interval(samples)
-        parts.append(rows("gradient_norm", norms, **where))
-        interval = {"lo": low, "hi": high, "n": probes, "beside": {"se": error}}
-        parts.append(rows("hessian_trace", trace, **interval, **where))
-        if number == 0:
-            passport, dropped = one.passport(), kept.attrs["dropped"]
-    table = validate(pd.concat(parts, ignore_index=True))
-    table.attrs = {"passport": _passport(passport, items, parameters, seed), "dropped": dropped}
-    return table
-
-
-def _readings(model: LanguageModel | Checkpoints, items: pd.DataFrame, asker: str):
-    """Each step of a run with the items' tokens, cut to the context, and the items kept."""
-    items = check_items(items)
-    tokens = kept = None
-    for one in model if isinstance(model, Checkpoints) else [model]:
-        if tokens is None:
-            tokens = [each[: one.context] for each in one.encode(items["text"].tolist())]
-            enough = np.array([len(each) >= 2 for each in tokens])
-            if not enough.any():
-                raise InputError(
-                    f"{asker}: none of {len(items)} texts has two tokens; give longer texts"
-                )
-            dropped = int((~enough).sum())
-            if dropped:
-                warnings.warn(
-                    f"{asker}: dropped {dropped} of {len(items)} texts that are shorter than two "
-                    "tokens",
-                    stacklevel=3,
-                )
-            tokens = [each for each, long in zip(tokens, enough, strict=True) if long]
-            kept = items[enough].reset_index(drop=True)
-            kept.attrs = {"dropped": dropped}
-        yield one, tokens, kept
-
-
-def _passport(of_model: dict, items: pd.DataFrame, parameters, seed: int) -> dict:
-    return of_model | {
-        "items": items_hash(items),
-        "attention": "eager",
-        "reduction": "mean",
-        "parameters": "all" if parameters is None else list(parameters),
-        "seed": seed,
-    }

@@ -104,6 +104,10 @@ LESORT = (
     "Lesort et al. (2023), Challenging common assumptions about catastrophic forgetting and "
     "knowledge accumulation"
 )
+GROSSE = (
+    "Grosse et al. (2023), Studying large language model generalization with influence functions"
+)
+BJORCK = "Björck & Golub (1973), Numerical methods for computing angles between linear subspaces"
 DOHARE = "Dohare et al. (2024), Loss of plasticity in deep continual learning"
 
 METRICS: dict[str, Metric] = {
@@ -592,6 +596,31 @@ METRICS: dict[str, Metric] = {
         "token edit distance of the continuation", "share of length", 0.0, 1.0, None, "low", MERULLO,
         formula="token edit distance of continuation and text / length",
     ),
+    "recitation_margin": Metric(
+        "log-odds of the least likely token of the continuation", "nats", None, None, None, "high", OURS,
+        formula="min over t > k of log p(x_t | x_{<t}) − log(1 − p(x_t | x_{<t}))",
+    ),
+    "perplexity_ratio": Metric(
+        "perplexity over that of the unedited model", "ratio", 0.0, None, 1.0, "", OURS,
+        formula="exp((1/n) Σ (log p_unedited − log p_edited)), over the tokens of one and the same text",
+    ),
+    "kept_inputs": Metric(
+        "input directions kept", "directions", 0.0, None, None, "", MERULLO,
+        formula="k_j = |{i : λ_i μ_j at least the threshold}|",
+    ),
+    "fall_price": Metric(
+        "rise of perplexity at which recitation ends", "share", 0.0, None, None, "high", OURS,
+        formula="largest perplexity_ratio − 1 up to the first edit under which the text is not recited",
+    ),
+    "fall_removed": Metric(
+        "share removed when recitation ends", "share", 0.0, 1.0, None, "high", OURS,
+        formula="1 − ρ of the first edit under which the text is not recited",
+    ),
+    "rank_correlation": Metric(
+        "rank correlation over items", "", -1.0, 1.0, 0.0, "",
+        "Somers (1962), A new asymmetric measure of association for ordinal variables",
+        formula="(pairs in like order − pairs in opposite order) / pairs whose order of fall is known",
+    ),
     "band_energy": Metric(
         "activation energy in the band", "share", 0.0, 1.0, None, "", MERULLO,
         formula="squared activation along the band's directions / along all",
@@ -599,6 +628,35 @@ METRICS: dict[str, Metric] = {
     "band_ratio": Metric(
         "activation energy, memorized over clean", "ratio", 0.0, None, 1.0, "", MERULLO,
         formula="band energy of memorized texts / of clean texts",
+    ),
+    # stability of decompositions and edits; chance depends on sizes and stands in the table
+    "principal_angle": Metric(
+        "principal angle of leading eigenspaces", "degrees", 0.0, 90.0, None, "", BJORCK,
+        formula="arccos of the singular values of UᵀV, orthonormal bases; chance: of random subspaces, drawn",
+    ),
+    "subspace_overlap": Metric(
+        "overlap of leading eigenspaces", "mean squared cosine", 0.0, 1.0, None, "", BJORCK,
+        formula="‖UᵀV‖² / k, the mean cos² of the principal angles; chance: k / n",
+    ),
+    "edit_cosine": Metric("cosine of what two edits remove", "", -1.0, 1.0, None, "", OURS,
+        formula="⟨R₁, R₂⟩ / (‖R₁‖ ‖R₂‖), R = W − W′; chance: √q ⟨R₁, W₂⟩ / (‖R₁‖ ‖W₂‖), q the share removed",
+    ),
+    "edit_shared": Metric("removed energy that the other edit removes too", "share", 0.0, 1.0, None, "", OURS,
+        formula="‖P₂ R₁‖² / ‖R₁‖², P₂ onto the components edit 2 removes; chance: their share q",
+    ),
+    "edit_difference": Metric("difference of the edited weights", "share of the norm", 0.0, None, None, "", OURS,
+        formula="‖W₁′ − W₂′‖ / ‖W₁′‖; chance: W₂ less a random share q of its components",
+    ),
+    "mask_jaccard": Metric("components that two edits keep", "share of those kept by either", 0.0, 1.0, None, "",
+        "Jaccard (1912), The distribution of the flora in the alpine zone",
+        formula="|M₁ ∩ M₂| / |M₁ ∪ M₂|, in one basis; chance: p₁p₂ / (p₁ + p₂ − p₁p₂), p the shares kept",
+    ),
+    "verdict_agreement": Metric("items with the same verdict under two edits", "share of items", 0.0, 1.0, None, "", OURS,
+        formula="items recited under both or under neither / items; chance: p² + (1 − p)², p the mean rate",
+    ),
+    "verdict_kappa": Metric("agreement of two verdicts beyond chance", "", -1.0, 1.0, 0.0, "",
+        "Scott (1955), Reliability of content analysis",
+        formula="(agreement − chance) / (1 − chance), chance = p² + (1 − p)²",
     ),
     # sharpness
     "hessian_eigenvalue": Metric(
@@ -620,6 +678,24 @@ METRICS: dict[str, Metric] = {
         "norm of the loss gradient", "nats per token", 0.0, None, None, "", OURS,
         formula="√Σ (∂ mean loss per token / ∂ weight)²",
     ),
+    "input_curvature": Metric(
+        "input-loss curvature", "nats² per embedding unit⁴", 0.0, None, None, "",
+        "Garg et al. (2024), Memorization through the lens of curvature of loss function around samples",
+        formula="mean over random signs v of |H_E v|² / tokens, H_E of the summed loss by the input embeddings",
+    ),
+    "self_influence": Metric(
+        "self-influence", "nats per token", 0.0, None, None, "", GROSSE,
+        formula="Σ (u_jᵀ D v_i)² / (λ_i μ_j + δ), D the gradient of the mean loss per token",
+    ),
+    "curvature_met": Metric(
+        "corpus curvature along the gradient", "mean curvature", 0.0, None, 1.0, "", OURS,
+        formula="Σ (u_jᵀ D v_i)² λ_i μ_j / Σ (u_jᵀ D v_i)² / mean λμ",
+    ),
+    "spearman": Metric(
+        "Spearman's rank correlation over items", "", -1.0, 1.0, 0.0, "",
+        "Spearman (1904), The proof and measurement of association between two things",
+        formula="correlation of the ranks; with confounds, of what is left of the ranks beside theirs",
+    ),
     # weights of checkpoints, and two models compared
     "weight_change": Metric("change of the weights since the base step", "share of the base's norm", 0.0, None, None, "", OURS,
         formula="‖W − W_base‖ / ‖W_base‖, Frobenius",
@@ -629,6 +705,21 @@ METRICS: dict[str, Metric] = {
     ),
     "weight_cosine": Metric("cosine of the weights to the base step's", "", -1.0, 1.0, 0.0, "", OURS,
         formula="⟨W, W_base⟩ / (‖W‖ ‖W_base‖)",
+    ),
+    "weight_turn": Metric("cosine of successive changes", "", -1.0, 1.0, 0.0, "", OURS,
+        formula="⟨Δ_s, Δ_{s−1}⟩ / (‖Δ_s‖ ‖Δ_{s−1}‖), Δ_s = W_s − W_{s−1}",
+    ),
+    "weight_path": Metric("length of the weights' path in a phase", "share of the base's norm", 0.0, None, None, "", OURS,
+        formula="Σ_s ‖W_s − W_{s−1}‖ / ‖W_base‖ over the phase's checkpoints",
+    ),
+    "weight_net": Metric("net displacement of the weights in a phase", "share of the base's norm", 0.0, None, None, "", OURS,
+        formula="‖W_end − W_start‖ / ‖W_base‖",
+    ),
+    "straightness": Metric("net displacement over path length", "ratio", 0.0, 1.0, None, "", OURS,
+        formula="‖W_end − W_start‖ / Σ_s ‖W_s − W_{s−1}‖",
+    ),
+    "phase_cosine": Metric("cosine of two phases' net displacements", "", -1.0, 1.0, 0.0, "", OURS,
+        formula="⟨D_a, D_b⟩ / (‖D_a‖ ‖D_b‖), D = W_end − W_start",
     ),
     "condition_number": Metric("condition number", "ratio", 1.0, None, None, "", OURS,
         formula="max σ / min σ, σ the singular values of W",
@@ -648,6 +739,34 @@ METRICS: dict[str, Metric] = {
     "barrier": Metric("loss barrier between the models", "nats per token", None, None, None, "",
         "Frankle et al. (2020), Linear mode connectivity and the lottery ticket hypothesis",
         formula="max over 0 < α < 1 of L((1−α)A + αB) − (1−α) L(A) − α L(B)",
+    ),
+    # gradient interference
+    "gradient_product": Metric(
+        "inner product of two groups' loss gradients", "squared nats per squared weight", None, None, 0.0, "",
+        "Riemer et al. (2019), Learning to learn without forgetting by maximizing transfer and minimizing interference",
+        formula="⟨g_X, g_Y⟩, g the mean over texts of the gradient of a text's mean loss; within a group the mean over pairs of texts",
+    ),
+    "gradient_cosine": Metric(
+        "cosine of two groups' loss gradients", "", -1.0, 1.0, 0.0, "",
+        "Fort et al. (2019), Stiffness: a new perspective on generalization in neural networks",
+        formula="⟨g_X, g_Y⟩ / √(u_X u_Y), u the mean of ⟨g_i, g_j⟩ over pairs of texts of a group",
+    ),
+    "gradient_coherence": Metric(
+        "coherence of a group's loss gradients", "", -1.0, 1.0, 0.0, "",
+        "Chatterjee & Zielinski (2020), Making coherence out of nothing at all",
+        formula="mean over pairs i ≠ j of ⟨g_i, g_j⟩ / mean over texts of ‖g_i‖²",
+    ),
+    "step_predicted": Metric(
+        "change of the loss after one step, to first order", "nats per token", None, None, 0.0, "", OURS,
+        formula="−η ⟨g_X, g_Y⟩, the step on X, the loss that of Y",
+    ),
+    "step_measured": Metric(
+        "change of the loss after one step", "nats per token", None, None, 0.0, "", OURS,
+        formula="L_Y(θ − η g_X) − L_Y(θ)",
+    ),
+    "step_central": Metric(
+        "change of the loss by a step there against a step back, halved", "nats per token", None, None, 0.0, "", OURS,
+        formula="(L_Y(θ − η g_X) − L_Y(θ + η g_X)) / 2",
     ),
     # base against tuned
     "kl_base_tuned": Metric(

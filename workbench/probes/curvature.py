@@ -7,8 +7,10 @@ mathematics stands in ``workbench.curvature``; here a model is edited, asked, an
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,27 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from rapidfuzz.distance import Levenshtein
+from tqdm.auto import tqdm
 
-from workbench.curvature import METHODS, Basis, Edit, decompose, edited, refuse_share, staircase
-from workbench.factors import collect_factors, forward_seen, padded
+from workbench.curvature import (
+    METHODS,
+    Basis,
+    Edit,
+    correct_masses,
+    decompose,
+    edited,
+    refuse_share,
+    spectrum,
+    staircase,
+)
+from workbench.factors import (
+    CHECK_TEXTS,
+    Layer,
+    collect_factors,
+    forward_seen,
+    linear_layers,
+    padded,
+)
 from workbench.items import check_items, cut_items, items_hash, load_items
 from workbench.models import TOKENS_PER_BATCH, LanguageModel, buckets
 from workbench.suite import Suite, passages
@@ -28,6 +48,7 @@ ASKER = "probe_curvature"
 LOOSE = 0.75  # similarity from which a continuation is recited, loosely; Merullo et al. (2025)
 LEVEL = 0.95  # of all intervals
 DRAWS = 2000  # of the bootstraps
+NONE = "none"  # the method of the unedited model
 # shares kept: on the embedded suite these raise perplexity by 1 % to some 50 %; the last kfac value
 # is the published one (OLMo-2 7B, MLP of three blocks)
 RHO: Mapping[str, tuple[float, ...]] = {
@@ -36,7 +57,13 @@ RHO: Mapping[str, tuple[float, ...]] = {
     "svd": (0.4, 0.3, 0.25, 0.2, 0.15, 0.1),
     "magnitude": (0.5, 0.4, 0.3, 0.25, 0.2, 0.15),
     "random": (0.99, 0.98, 0.95, 0.9, 0.8),
+    "ekfac": (0.99, 0.98, 0.965, 0.95, 0.93, 0.9, 0.8, 0.6),
 }
+SWEEP = (0.98, 0.95, 0.9, 0.8, 0.6, 0.3, 0.1)  # few layers bear more than all
+STAIRS = (0.6, 0.8, 0.9, 0.95, 0.98, 1.0)  # shares of mass whose masks are shown
+STEPS = 40  # points of a staircase, evenly spread over the logarithm of the output's rank
+CARRIED = ("kind", "dose", "copies")  # columns of the items that their rows keep
+ASKED = ("kfac", "saliency", "svd", "magnitude", "random")
 SPECTRUM = (0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9999)
 BANDS = {  # of the input directions, by descending eigenvalue of A; Merullo et al. (2025)
     "top 10 %": (0.0, 0.10),
@@ -52,16 +79,17 @@ def probe_curvature(
     *,
     texts: Sequence[str],
     held_out: Sequence[str],
-    memorized: str = "seen",
-    clean: str = "unseen",
+    memorized: str | Sequence[str] = "seen",
+    clean: str | None = "unseen",
     roles: Sequence[str] | None = None,
     blocks: Sequence[int] | None = None,
     labels: str = "sampled",
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] = ASKED,
     rho: Mapping[str, Sequence[float]] = RHO,
     prefix: int = 16,
     suffix: int = 16,
     seed: int = 0,
+    also: Callable[[LanguageModel], pd.DataFrame] | None = None,
 ) -> pd.DataFrame:
     """Factors of the curvature, the edits along them, and what the edits cost.
 
@@ -70,16 +98,19 @@ def probe_curvature(
     :func:`edit_rows`.
 
     Args:
-        items: Items frame; those of group ``memorized`` are recited, those of ``clean`` are
-            compared with them band by band (left out, and said, where there are none).
+        items: Items frame; those of ``memorized``, one group or several, are recited, those of
+            ``clean`` are compared with them band by band (left out, and said, where there are
+            none; None asks for no comparison). Its columns ``kind``, ``dose`` and ``copies`` stay on the items' rows.
         texts: For the factors: ordinary text of the kind the model was trained on.
         held_out: For the perplexity: text it was not trained on. Both are cut to the context.
         roles, blocks: Linear layers to edit, as ``linear_layers``; None: all of the blocks.
         labels: ``sampled`` (true Fisher) or ``gold``, as ``collect_factors``.
-        methods: Of ``kfac``, ``saliency``, ``svd``, ``magnitude``, ``random``.
+        methods: Of ``kfac``, ``saliency``, ``svd``, ``magnitude``, ``random``; and ``ekfac``, which
+            takes one more pass over the texts, and corrects the predicted damage of them all.
         rho: For each method the shares kept: of curvature mass, of saliency, of ranks, of
             weights, of components.
         prefix, suffix: Tokens of the prompt and of the continuation that is to be recited.
+        also: Another probe, asked once of the unedited model and once under each edit.
 
     Returns:
         The table, with the coordinates ``method``, ``rho``, ``block``, ``role``, ``components``
@@ -90,19 +121,23 @@ def probe_curvature(
             ``rho`` outside (0, 1], a role the model lacks, values that are not finite.
     """
     items = check_items(items)
-    grid, recited = _grid(methods, rho), _of_group(items, memorized)
+    memorized = (memorized,) if isinstance(memorized, str) else tuple(memorized)
+    grid, recited = _grid(methods, rho), _of_groups(items, memorized)
     tokens, held = _tokens(model, texts, "texts"), _tokens(model, held_out, "held_out")
     factors = collect_factors(model, tokens, roles=roles, blocks=blocks, labels=labels, seed=seed)
     bases = decompose(factors)
+    if "ekfac" in methods:
+        bases = correct_masses(model, bases, tokens, labels=labels, seed=seed)
     asked = {"prefix": prefix, "suffix": suffix, "seed": seed}
     parts = [
         spectrum_rows(model, bases),
-        edit_rows(model, bases, recited, held_out=held, grid=grid, **asked),
+        staircase_rows(model, bases),
+        edit_rows(model, bases, recited, held_out=held, grid=grid, also=also, **asked),
     ]
-    if (items["group"] == clean).any():
-        compared = items[items["group"].isin([memorized, clean])]
+    if clean is not None and (items["group"] == clean).any():
+        compared = items[items["group"].isin([*memorized, clean])]
         parts.append(band_rows(model, bases, compared, memorized=memorized, clean=clean, **asked))
-    else:
+    elif clean is not None:
         warnings.warn(
             f"{ASKER}: no items of group {clean!r} to compare with, so there are no band ratios",
             stacklevel=2,
@@ -165,14 +200,16 @@ def _grid(methods: Sequence[str], rho: Mapping[str, Sequence[float]]) -> list[tu
     return [(method, float(share)) for method in methods for share in rho[method]]
 
 
-def _of_group(items: pd.DataFrame, memorized: str) -> pd.DataFrame:
-    chosen = items[items["group"] == memorized]
-    if chosen.empty:
+def _of_groups(items: pd.DataFrame, groups: Sequence[str]) -> pd.DataFrame:
+    there = sorted(map(str, items["group"].unique()))
+    lacking = [name for name in groups if name not in there]
+    if lacking or not groups:
         raise InputError(
-            f"{ASKER}: no items of group {memorized!r}; there are groups "
-            f"{', '.join(sorted(map(str, items['group'].unique())))}"
+            f"{ASKER}: no items of group {lacking[0]!r}; there are groups {', '.join(there)}"
+            if groups
+            else f"{ASKER}: memorized names no group; there are {', '.join(there)}"
         )
-    return chosen
+    return items[items["group"].isin(groups)]
 
 
 def _tokens(model: LanguageModel, texts: Sequence[str], name: str) -> list[np.ndarray]:
@@ -220,6 +257,28 @@ def spectrum_rows(model: LanguageModel, bases: Sequence[Basis]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def staircase_rows(model: LanguageModel, bases: Sequence[Basis]) -> pd.DataFrame:
+    """Which components the K-FAC edit keeps: a staircase in the ranks of the two spectra.
+
+    Returns:
+        ``kept_inputs`` for each share ``rho`` of :data:`STAIRS` and some ranks ``output`` of the
+        output directions, 1 the sharpest: the first so many input directions are kept with it. At
+        ``rho = 1`` all are. The last output direction that keeps any, and the next, are among them.
+    """
+    parts = []
+    for basis in bases:
+        size = len(basis.output_values)
+        spread = np.unique(np.geomspace(1, size, STEPS).round().astype(int))
+        for share in STAIRS:
+            steps = staircase(basis.input_values, basis.output_values, share)
+            last = int((steps > 0).sum())
+            at = np.unique([*spread, last, min(last + 1, size)])
+            where = {"block": basis.layer.block, "role": basis.layer.role, "rho": share}
+            named = {"run": model.run, "step": model.step, "beside": where | {"output": at}}
+            parts.append(rows("kept_inputs", steps[at - 1], **named))
+    return pd.concat(parts, ignore_index=True)
+
+
 # The edits
 
 
@@ -241,68 +300,152 @@ def edit_rows(
     prefix: int,
     suffix: int,
     seed: int = 0,
+    also: Callable[[LanguageModel], pd.DataFrame] | None = None,
 ) -> pd.DataFrame:
     """Recitation and perplexity of the model as it is (method ``none``) and under each edit.
 
+    Args:
+        grid: Methods and shares kept, one edit each.
+        also: Another probe, such as of tasks, asked of the model under each edit and unedited; its
+            rows come with the coordinates ``method`` and ``rho``. What it raises passes through,
+            with the weights put back.
+
     Returns:
-        For each item and pooled (``item="all"``): ``recitation_strict`` (the whole continuation is
-        right; one teacher-forced pass decides it), ``recitation_loose`` (similarity of the greedy
-        continuation at least .75; both 0 by chance), ``edit_distance`` (0 at best, 1 at worst).
-        Pooled: ``perplexity`` on held-out text (token-weighted), ``kept`` (share of components,
+        For each item and, by group, pooled (``item="all"``): ``recitation_strict`` (the whole
+        continuation is right; one teacher-forced pass decides it), ``recitation_loose`` (similarity
+        of the greedy continuation at least .75; both 0 by chance), ``edit_distance`` (0 at best, 1
+        at worst), ``recitation_margin`` (log-odds of the least likely token of the continuation:
+        above 0 it is recited for sure). Pooled: ``perplexity`` on held-out text (token-weighted),
+        ``perplexity_ratio`` to the unedited model (1 for no cost), ``kept`` (share of components,
         ranks or weights) and ``predicted_damage``. Intervals at 95 %: Wilson for shares, else
-        bootstrap over items or texts.
+        bootstrap over items or texts, for the ratio over the same texts on both sides.
 
     Raises:
         InputError: No item of ``prefix + suffix`` tokens, or perplexity that is not finite.
     """
+    tokens, kept = _cut(model, items, prefix, suffix)
+    parts, own = [], None
+    for method, share in _shown([(NONE, 1.0), *grid], "edits"):
+        with _editing(bases, method, share, seed) as edit:
+            loss = _held_out_loss(model, held_out, edit)
+            verdicts = recitation(model, tokens, prefix)
+            more = [] if also is None else [_with_edit(also(model), edit)]
+        own = loss if own is None else own
+        parts.append(_verdict_rows(model, kept, verdicts, edit, seed))
+        parts.append(_cost_rows(model, loss, own, edit, seed))
+        parts.extend(more)
+    return pd.concat(parts, ignore_index=True)
+
+
+def _shown(steps: list, what: str) -> tqdm:
+    """A bar over the steps, for runs of more than seconds."""
+    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+    rare = 0.1 if watched else 30.0  # seconds; a log file wants few lines
+    return tqdm(steps, desc=what, unit="", delay=10, leave=False, mininterval=rare)
+
+
+def _cut(model: LanguageModel, items: pd.DataFrame, prefix: int, suffix: int):
     for name, value in (("prefix", prefix), ("suffix", suffix)):
         if value < 1:
             raise InputError(f"{ASKER}: {name} is {value}, but must be at least 1")
-    tokens, kept = cut_items(model, items, prefix + suffix, asker=ASKER)
-    parts = []
-    for method, share in [("none", 1.0), *grid]:
-        editing = (
-            contextlib.nullcontext(Edit("none", 1.0, 1.0, 0.0))
-            if method == "none"
-            else edited(bases, method=method, rho=share, seed=seed)
+    return cut_items(model, items, prefix + suffix, asker=ASKER)
+
+
+def _editing(bases: Sequence[Basis], method: str, share: float, seed: int):
+    if method == NONE:
+        return contextlib.nullcontext(Edit(NONE, 1.0, 1.0, 0.0))
+    return edited(bases, method=method, rho=share, seed=seed)
+
+
+def recited_items(
+    model: LanguageModel,
+    items: pd.DataFrame,
+    *,
+    groups: Sequence[str],
+    prefix: int = 16,
+    suffix: int = 16,
+) -> pd.DataFrame:
+    """Leave out those items of some groups that the model, unedited, does not recite.
+
+    What is not recited cannot fall under an edit. Where few of many texts are memorized, this
+    saves asking for the others under every edit; what is pooled over a group then speaks of its
+    recited items alone.
+
+    Args:
+        items: Items frame; other groups stay as they are.
+        prefix, suffix: Tokens of the prompt and of the continuation, which is recited if each of
+            its tokens is the likeliest.
+
+    Returns:
+        The items frame, ``.attrs["not_recited"]`` counting what was left out for that reason and
+        ``.attrs["dropped"]`` what is too short.
+
+    Raises:
+        InputError: A group that is not there, or no item of these groups that is long enough.
+    """
+    items = check_items(items)
+    tokens, kept = _cut(model, _of_groups(items, groups), prefix, suffix)
+    recited = _strict(model.score(tokens, start=prefix, keep=("guess",)), tokens, prefix)
+    stay = ~items["group"].isin(groups) | items["item"].isin(kept["item"][recited])
+    found = items[stay].reset_index(drop=True)
+    found.attrs = {"not_recited": int((~recited).sum()), "dropped": kept.attrs["dropped"]}
+    return found
+
+
+def _with_edit(table: pd.DataFrame, edit: Edit) -> pd.DataFrame:
+    taken = [name for name in ("method", "rho") if name in table.columns]
+    if taken:
+        raise InputError(
+            f"{ASKER}: the table of also has a column {taken[0]!r} of its own, which here names the "
+            "edit; rename it"
         )
-        with editing as edit:
-            nats, counts = _held_out_loss(model, held_out, edit)
-            verdicts = recitation(model, tokens, prefix)
-        parts.append(_verdict_rows(model, kept, verdicts, edit, seed))
-        parts.append(_cost_rows(model, nats, counts, edit, seed))
-    return pd.concat(parts, ignore_index=True)
+    return validate(table).assign(method=edit.method, rho=edit.rho)
+
+
+def _strict(scores, tokens: Int[np.ndarray, "item pos"], prefix: int) -> Bool[np.ndarray, " item"]:
+    # guess[:, t] is for token prefix + t; all right exactly if greedy decoding is (METRICS 2)
+    return (scores.guess == tokens[:, prefix:]).all(axis=1)
 
 
 def recitation(
     model: LanguageModel, tokens: Int[np.ndarray, "item pos"], prefix: int
 ) -> dict[str, Float[np.ndarray, " item"]]:
-    """Strict and loose verdict and edit distance of each item's continuation of its prefix."""
+    """Strict and loose verdict, edit distance and margin of each item's continuation."""
+    scores = model.score(tokens, start=prefix, keep=("guess", "log_probability"))
     truth = tokens[:, prefix:]
-    # guess[:, t] is for token prefix + t; all right exactly if greedy decoding is (METRICS 2)
-    strict = (model.score(tokens, start=prefix, keep=("guess",)).guess == truth).all(axis=1)
     distance = edit_distance(model.generate(tokens[:, :prefix], truth.shape[1]), truth)
     return {
-        "recitation_strict": strict.astype(float),
+        "recitation_strict": _strict(scores, tokens, prefix).astype(float),
         # 1 - 4/16 is exactly .75, so no rounding decides a verdict at the published threshold
         "recitation_loose": (1 - distance >= LOOSE).astype(float),
         "edit_distance": distance,
+        "recitation_margin": log_odds(scores.log_probability).min(axis=1),
     }
 
 
+def log_odds(log_probability: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """``log p - log(1 - p)``; at most 16.6, for single precision tells no more from certainty."""
+    log_p = np.minimum(np.asarray(log_probability, dtype=np.float64), -(2.0**-24))
+    return log_p - np.log(-np.expm1(log_p))
+
+
 def _verdict_rows(model, items, verdicts, edit: Edit, seed: int) -> pd.DataFrame:
-    beside = {"method": edit.method, "rho": edit.rho}
-    named = {"run": model.run, "step": model.step, "beside": beside}
-    group = str(items["group"].iloc[0])
+    edited_by = {"method": edit.method, "rho": edit.rho}
+    named = {"run": model.run, "step": model.step}
+    carried = {name: items[name] for name in CARRIED if name in items.columns}
+    groups = items["group"].astype(str).to_numpy()
     parts = []
     for metric, values in verdicts.items():
-        parts.append(rows(metric, values, group=items["group"], item=items["item"], **named))
-        if metric == "edit_distance":
-            low, high = bootstrap(lambda w, v=values: w @ v / len(v), [len(values)], seed)
-        else:
-            low, high = wilson(int(values.sum()), len(values))
-        pooled = {"lo": low, "hi": high, "n": len(values), "group": group}
-        parts.append(rows(metric, values.mean(), **pooled, **named))
+        of_items = {"group": groups, "item": items["item"], "beside": edited_by | carried}
+        parts.append(rows(metric, values, **of_items, **named))
+        for group in dict.fromkeys(groups):
+            part = values[groups == group]
+            if metric in ("recitation_strict", "recitation_loose"):
+                low, high = wilson(int(part.sum()), len(part))
+            else:
+                low, high = bootstrap(lambda w, v=part: w @ v / len(v), [len(part)], seed)
+            pooled = {"lo": low, "hi": high, "n": len(part), "group": group, "beside": edited_by}
+            parts.append(rows(metric, part.mean(), **pooled, **named))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -320,22 +463,201 @@ def _held_out_loss(model: LanguageModel, held_out: Sequence[np.ndarray], edit: E
     return nats, counts
 
 
-def _cost_rows(model, nats, counts, edit: Edit, seed: int) -> pd.DataFrame:
+def _cost_rows(model, loss, own, edit: Edit, seed: int) -> pd.DataFrame:
+    """``loss`` and ``own``: summed nats and tokens of each text, under the edit and without it."""
     beside = {"method": edit.method, "rho": edit.rho}
     named = {"run": model.run, "step": model.step, "beside": beside}
-    low, high = bootstrap(lambda w: np.exp(w @ nats / (w @ counts)), [len(nats)], seed)
-    value = np.exp(nats.sum() / counts.sum())
-    return pd.concat(
-        [
-            rows("perplexity", value, lo=low, hi=high, n=len(nats), group="held-out", **named),
-            rows("kept", edit.kept, **named),
-            rows("predicted_damage", edit.predicted_damage, **named),
-        ],
-        ignore_index=True,
-    )
+    (nats, counts), before = loss, own[0]
+    parts = []
+    for metric, total in (("perplexity", nats), ("perplexity_ratio", nats - before)):
+        low, high = bootstrap(lambda w, t=total: np.exp(w @ t / (w @ counts)), [len(nats)], seed)
+        value = np.exp(total.sum() / counts.sum())
+        pooled = {"lo": low, "hi": high, "n": len(nats), "group": "held-out"}
+        parts.append(rows(metric, value, **pooled, **named))
+    parts.append(rows("kept", edit.kept, **named))
+    parts.append(rows("predicted_damage", edit.predicted_damage, **named))
+    return pd.concat(parts, ignore_index=True)
+
+
+# Which layers
+
+
+def layer_candidates(bases: Sequence[Basis]) -> dict[str, list[Basis]]:
+    """Sets of layers to try: all, the MLP, attention, and each block alone; none twice."""
+    named = {
+        "all": list(bases),
+        "MLP": [basis for basis in bases if basis.layer.role.startswith("mlp.")],
+        "attention": [basis for basis in bases if basis.layer.role.startswith("attn.")],
+    }
+    for block in sorted({basis.layer.block for basis in bases}):
+        named[f"block {block}"] = [basis for basis in bases if basis.layer.block == block]
+    found: dict[tuple[str, ...], str] = {}
+    for name, chosen in named.items():
+        if chosen:
+            found.setdefault(tuple(basis.layer.name for basis in chosen), name)
+    return {name: named[name] for name in found.values()}
+
+
+def sweep_layers(
+    model: LanguageModel,
+    items: pd.DataFrame,
+    *,
+    texts: Sequence[str],
+    held_out: Sequence[str],
+    memorized: str | Sequence[str] = "seen",
+    roles: Sequence[str] | None = None,
+    blocks: Sequence[int] | None = None,
+    labels: str = "sampled",
+    method: str = "kfac",
+    rho: Sequence[float] = SWEEP,
+    ratio: float = 1.10,
+    prefix: int = 16,
+    suffix: int = 16,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """The edit on some of the layers at a time, each until it costs ``ratio`` times perplexity.
+
+    One decomposition serves all sets of :func:`layer_candidates`. Which of them to take is for
+    ``choose_layers`` to say, which chooses on some items and reports on others.
+
+    Args:
+        rho: Shares kept; each set of layers is edited with them from the gentlest on.
+        ratio: Of perplexity to the unedited model's, at which a set's edits end.
+
+    Returns:
+        Rows as of :func:`edit_rows`, with the coordinate ``layers``; "none" for the unedited model.
+
+    Raises:
+        InputError: As :func:`probe_curvature`, or a ratio that is not above 1.
+    """
+    if not ratio > 1:
+        raise InputError(f"sweep_layers: ratio is {ratio}, it must be above 1")
+    items = check_items(items)
+    memorized = (memorized,) if isinstance(memorized, str) else tuple(memorized)
+    grid = _grid([method], {method: sorted(rho, reverse=True)})
+    tokens, kept = _cut(model, _of_groups(items, memorized), prefix, suffix)
+    ordinary, held = _tokens(model, texts, "texts"), _tokens(model, held_out, "held_out")
+    factors = collect_factors(model, ordinary, roles=roles, blocks=blocks, labels=labels, seed=seed)
+    bases = decompose(factors)
+    own = _held_out_loss(model, held, Edit(NONE, 1.0, 1.0, 0.0))
+    parts = []
+    sets = {NONE: [], **layer_candidates(bases)}
+    for name, chosen in _shown(list(sets.items()), "sets of layers"):
+        for each, share in grid if chosen else [(NONE, 1.0)]:
+            with _editing(chosen, each, share, seed) as edit:
+                loss = _held_out_loss(model, held, edit)
+                verdicts = recitation(model, tokens, prefix)
+            told = _verdict_rows(model, kept, verdicts, edit, seed)
+            cost = _cost_rows(model, loss, own, edit, seed)
+            parts += [told.assign(layers=name), cost.assign(layers=name)]
+            if np.exp((loss[0] - own[0]).sum() / own[1].sum()) >= ratio:
+                break
+    return validate(pd.concat(parts, ignore_index=True))
 
 
 # Bands of the input spectrum
+
+
+@dataclass(frozen=True)
+class InputSpectrum:
+    """Eigenvectors of A, one a column, by descending eigenvalue; ``layers`` read that tensor."""
+
+    layers: tuple[Layer, ...]
+    vectors: Float[torch.Tensor, "in in"]
+
+    @property
+    def role(self) -> str:
+        return ", ".join(layer.role for layer in self.layers)
+
+
+def shared_spectra(bases: Sequence[Basis]) -> list[InputSpectrum]:
+    """One for each input tensor: layers that share A share the very tensor of eigenvectors."""
+    shared: dict[int, list[Basis]] = {}
+    for basis in bases:
+        shared.setdefault(id(basis.input_vectors), []).append(basis)
+    return [
+        InputSpectrum(tuple(basis.layer for basis in group), group[0].input_vectors)
+        for group in shared.values()
+    ]
+
+
+def input_spectra(
+    model: LanguageModel, tokens: Sequence[Int[np.ndarray, " pos"]], layers: Sequence[Layer]
+) -> list[InputSpectrum]:
+    """The input factors alone, by forward passes without a gradient, and their eigenvectors.
+
+    The positions are those of ``collect_factors``, and so is A, but for rounding.
+
+    Raises:
+        InputError: An input that is not finite; the layer is named.
+    """
+    alive: dict[str, torch.Tensor] = {}  # held, so that no two of them stand in one place
+    with torch.inference_mode(), forward_seen(layers, lambda at, a, _: alive.update({at.name: a})):
+        ids, _, _ = padded(model, list(tokens[:CHECK_TEXTS]))
+        model.module.base_model(input_ids=ids, use_cache=False)
+    readers: dict[int, list[Layer]] = {}
+    for layer in layers:
+        readers.setdefault(id(alive[layer.name]), []).append(layer)
+    sums = {
+        group[0].name: torch.zeros(a.shape[-1], a.shape[-1], device=a.device, dtype=torch.float32)
+        for group in readers.values()
+        for a in [alive[group[0].name]]
+    }
+    alive.clear()
+    lengths = np.array([len(each) for each in tokens])
+    for index in buckets(lengths, TOKENS_PER_BATCH.get(model.device.type, 4096)):
+        ids, _, mask = padded(model, [tokens[i] for i in index])
+
+        def add(layer, given, output, mask=mask):
+            values = given[mask].float()
+            sums[layer.name].addmm_(values.T, values)
+
+        with torch.inference_mode(), forward_seen([g[0] for g in readers.values()], add):
+            model.module.base_model(input_ids=ids, use_cache=False)
+    return [
+        InputSpectrum(
+            tuple(group), spectrum(sums[group[0].name], f"the input of {group[0].name}")[1]
+        )
+        for group in readers.values()
+    ]
+
+
+def probe_band_energy(
+    model: LanguageModel,
+    items: pd.DataFrame,
+    *,
+    texts: Sequence[str],
+    roles: Sequence[str] | None = None,
+    blocks: Sequence[int] | None = None,
+    prefix: int = 16,
+    suffix: int = 16,
+) -> pd.DataFrame:
+    """Where in the spectrum of ordinary inputs each item's activations lie; forward passes only.
+
+    A model too large for gradients can be asked this. Memory is the factors and the activations of
+    one batch.
+
+    Args:
+        items: Items frame; all groups are asked.
+        texts: Ordinary text, whose inputs make the spectrum.
+        roles, blocks: As ``linear_layers``.
+        prefix, suffix: Energy is averaged over the positions that predict the suffix.
+
+    Returns:
+        ``band_energy`` of each item, with the coordinates ``block``, ``role`` (joined where layers
+        read one tensor) and ``band``; the bands of an item sum to 1. An item drawn like the texts
+        has in each band the band's share of the eigenvalues, on average.
+
+    Raises:
+        InputError: No item long enough, no usable text, a role or block the model lacks.
+    """
+    tokens, kept = _cut(model, check_items(items), prefix, suffix)
+    layers = linear_layers(model.module, roles=roles, blocks=blocks)
+    spectra = input_spectra(model, _tokens(model, texts, "texts"), layers)
+    energies = _band_energies(model, spectra, tokens, suffix)
+    table = validate(pd.concat(_item_bands(model, energies, kept), ignore_index=True))
+    table.attrs["dropped"] = kept.attrs["dropped"]
+    return table
 
 
 def band_energy(
@@ -343,13 +665,14 @@ def band_energy(
 ) -> Float[np.ndarray, "item band"]:
     """Share of each item's activation energy in each of :data:`BANDS`, averaged over positions.
 
-    Directions are columns, by descending eigenvalue. Shares of an item sum to 1.
+    Directions are columns, by descending eigenvalue. Shares of an item sum to 1. Positions without
+    any activation are left out; NaN where there is no other.
     """
     energy = (given.to(vectors.device, vectors.dtype) @ vectors).square()
     energy = energy / energy.sum(dim=-1, keepdim=True)
     width = vectors.shape[1]
     edges = [(round(low * width), round(high * width)) for low, high in BANDS.values()]
-    parts = [energy[..., low:high].sum(dim=-1).mean(dim=1) for low, high in edges]
+    parts = [energy[..., low:high].sum(dim=-1).nanmean(dim=1) for low, high in edges]
     return torch.stack(parts, dim=1).cpu().numpy()
 
 
@@ -358,7 +681,7 @@ def band_rows(
     bases: Sequence[Basis],
     items: pd.DataFrame,
     *,
-    memorized: str,
+    memorized: str | Sequence[str],
     clean: str,
     prefix: int,
     suffix: int,
@@ -370,17 +693,19 @@ def band_rows(
     v) have one row, under their roles joined.
 
     Returns:
-        ``band_energy`` of each group and ``band_ratio``, memorized over clean (1: no difference;
-        NaN with a reason where the clean items have none), with bootstrap intervals over items.
+        ``band_energy`` of each item and of each group, and ``band_ratio`` of each memorized group,
+        its energy over that of the clean items (1: no difference; NaN with a reason where the
+        clean items have none), with bootstrap intervals over items.
     """
-    tokens, kept = cut_items(model, items, prefix + suffix, asker=ASKER)
-    energy = _band_energies(model, bases, tokens, suffix)
-    of_group = {name: (kept["group"] == name).to_numpy() for name in (memorized, clean)}
+    tokens, kept = _cut(model, items, prefix, suffix)
+    energies = _band_energies(model, shared_spectra(bases), tokens, suffix)
+    memorized = (memorized,) if isinstance(memorized, str) else memorized
+    of_group = {name: (kept["group"] == name).to_numpy() for name in (*memorized, clean)}
     for name, members in of_group.items():
         if not members.any():
             raise InputError(f"{ASKER}: no item of group {name!r} has {prefix + suffix} tokens")
-    parts = []
-    for (block, role), values in energy.items():
+    parts = _item_bands(model, energies, kept)
+    for (block, role), values in energies.items():
         beside = {"block": block, "role": role, "band": list(BANDS)}
         named = {"run": model.run, "step": model.step, "beside": beside}
         for name, members in of_group.items():
@@ -388,29 +713,46 @@ def band_rows(
             low, high = bootstrap(lambda w, p=part: w @ p / len(p), [size], seed)
             pooled = {"lo": low, "hi": high, "n": size, "group": name}
             parts.append(rows("band_energy", part.mean(axis=0), **pooled, **named))
-        parts.append(_ratio_rows(values, *of_group.values(), named, seed))
+        for name in memorized:
+            ratio = _ratio_rows(values, of_group[name], of_group[clean], named, seed)
+            parts.append(ratio.assign(group=name))
     return pd.concat(parts, ignore_index=True)
 
 
-def _band_energies(model, bases, tokens, suffix) -> dict[tuple[int, str], np.ndarray]:
-    # one basis for each input tensor: layers that share A share the very tensor of eigenvectors
-    shared: dict[int, list[Basis]] = {}
-    for basis in bases:
-        shared.setdefault(id(basis.input_vectors), []).append(basis)
-    first = {group[0].layer.name: group for group in shared.values()}
-    found: dict[tuple[int, str], np.ndarray] = {}
-    lengths = np.array([len(each) for each in tokens])
+def _item_bands(model, energies: dict, items: pd.DataFrame) -> list[pd.DataFrame]:
+    """Item rows of each input and band; of nothing larger than items x bands."""
+    carried = {name: items[name] for name in CARRIED if name in items.columns}
+    parts = []
+    for (block, role), values in energies.items():
+        for band, value in zip(BANDS, values.T, strict=True):
+            empty = np.where(np.isnan(value), "no activation at any position", None)
+            beside = {"block": block, "role": role, "band": band, "reason": empty, **carried}
+            told = {"group": items["group"], "item": items["item"], "beside": beside}
+            parts.append(rows("band_energy", value, run=model.run, step=model.step, **told))
+    return parts
+
+
+def _band_energies(
+    model: LanguageModel,
+    spectra: Sequence[InputSpectrum],
+    tokens: Int[np.ndarray, "item pos"],
+    suffix: int,
+) -> dict[tuple[int, str], Float[np.ndarray, "item band"]]:
+    of_layer = {each.layers[0].name: each for each in spectra}
+    found = {
+        (each.layers[0].block, each.role): np.full((len(tokens), len(BANDS)), np.nan)
+        for each in spectra
+    }
+    lengths = np.full(len(tokens), tokens.shape[1])
     for index in buckets(lengths, TOKENS_PER_BATCH.get(model.device.type, 4096)):
 
         def see(layer, given, output, index=index):
-            group = first[layer.name]
-            key = (layer.block, ", ".join(basis.layer.role for basis in group))
-            place = found.setdefault(key, np.full((len(tokens), len(BANDS)), np.nan))
+            each = of_layer[layer.name]
             # all items have one length, so the last positions are those that predict the suffix
-            place[index] = band_energy(given[:, -suffix:], group[0].input_vectors)
+            found[layer.block, each.role][index] = band_energy(given[:, -suffix:], each.vectors)
 
-        ids, _, _ = padded(model, [tokens[i] for i in index])
-        with torch.inference_mode(), forward_seen([g[0].layer for g in first.values()], see):
+        ids, _, _ = padded(model, list(tokens[index]))
+        with torch.inference_mode(), forward_seen([each.layers[0] for each in spectra], see):
             model.module.base_model(input_ids=ids, use_cache=False)
     return found
 

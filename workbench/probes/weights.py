@@ -8,22 +8,19 @@ basis. The barrier on the straight line between two models is that of Frankle et
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 
-from workbench.factors import IN_A_BLOCK, ROLES
 from workbench.items import check_items, cut_items, items_hash
 from workbench.models import TOKENS_PER_BATCH, Checkpoints, LanguageModel, buckets
 from workbench.sweep import COORDINATES
 from workbench.table import InputError, rows, validate
+from workbench.tensors import OUTSIDE, weight_tensors
 
-FUSED = {"attention.query_key_value", "attn.c_attn"}  # q, k and v in one matrix
-OUTSIDE = -1  # the layer of what stands in no block, and of sums over blocks
 SPECTRAL = ("condition_number", "stable_rank", "effective_rank")
 CONSTANT = 1e-12  # HSIC of a representation with itself, relative to its energy squared
 LEVEL = 0.95  # of all intervals here
@@ -66,47 +63,12 @@ def spectrum_sizes(
     return (np.nan if singular else largest / least), stable, max(effective, 1.0)
 
 
-def weight_tensors(module: torch.nn.Module) -> Iterator[tuple[str, str, int, torch.Tensor]]:
-    """Name, role, block and value of each parameter; fused q, k and v are taken apart.
-
-    Roles are those of ``workbench.factors.linear_layers``, ``attn.q``, ``attn.k``, ``attn.v``
-    also where they are stored as one matrix, and ``norm``, ``embedding``, ``head``, ``other``;
-    a bias has the role of its matrix. Outside the blocks the block is -1. A tied head is the
-    embedding and comes once, under that name.
-    """
-    owners = dict(module.named_modules())
-    head = getattr(module, "get_output_embeddings", lambda: None)()
-    for name, parameter in module.named_parameters():
-        place = name.rpartition(".")[0]
-        inside, block = IN_A_BLOCK.search(place), re.search(r"(?:^|\.)(\d+)\.", name)
-        number = int(block.group(1)) if block else OUTSIDE
-        value = parameter.detach()
-        if inside and inside.group(2) in FUSED:
-            if inside.group(2) == "attn.c_attn":
-                parts = value.chunk(3, dim=-1)  # Conv1D: outputs last, all q, then all k, all v
-            else:  # [head, (q, k, v), size] along the outputs
-                by_head = value.unflatten(0, (module.config.num_attention_heads, 3, -1))
-                parts = [part.flatten(0, 1) for part in by_head.unbind(1)]
-            for letter, part in zip("qkv", parts, strict=True):
-                yield f"{name}.{letter}", f"attn.{letter}", number, part
-            continue
-        if inside:
-            role = ROLES[inside.group(2)]
-        elif owners[place] is head:
-            role = "head"
-        elif isinstance(owners[place], torch.nn.Embedding):
-            role = "embedding"
-        else:
-            role = "norm" if type(owners[place]).__name__.endswith("Norm") else "other"
-        yield name, role, number, value
-
-
 def probe_weight_drift(source: Checkpoints, *, base_step: int | None = None) -> pd.DataFrame:
     """How far each weight tensor has moved, step by step, and how many directions it uses.
 
     Differences and products are taken in float64. The checkpoints are read one after another;
-    memory is three models (base, previous, current) and one tensor in float64. Time is nearly all
-    singular values, see :func:`spectrum_sizes`.
+    memory is four models (base, the two before, current) and one tensor in float64. Time is nearly
+    all singular values, see :func:`spectrum_sizes`.
 
     Args:
         source: Checkpoints of one run, at least two.
@@ -121,10 +83,13 @@ def probe_weight_drift(source: Checkpoints, *, base_step: int | None = None) -> 
         - ``weight_change_previous``, |W - W_previous| / |W_base|: the same unit, so that these sum
           to at least the change.
         - ``weight_cosine`` to the base: 1 at the base, about 0 for unrelated draws.
+        - ``weight_turn``, the cosine of the step's change to that of the step before: 1 where the
+          weights go straight on, 0 where they turn at a right angle (as a random walk would), -1
+          where they go back. It depends on how far apart the checkpoints are.
         - ``condition_number``, ``stable_rank``, ``effective_rank`` of matrices.
 
-        The first three also with ``tensor="all"`` and layer -1, over all tensors of a module and
-        over all modules (``module="all"``). Undefined numbers are NaN with a ``reason``. There are
+        The first four also with ``tensor="all"``: over all tensors of a module in a block, and with
+        layer -1 of a module and of all (``module="all"``). Undefined numbers are NaN with a ``reason``. There are
         no intervals and n is 1: a tensor is measured whole, and nothing here was drawn from
         anything; for the spread over runs, ask several.
 
@@ -133,6 +98,28 @@ def probe_weight_drift(source: Checkpoints, *, base_step: int | None = None) -> 
             that are not finite, or checkpoints of different shapes.
     """
     asker = "probe_weight_drift"
+    _refuse_no_run(source, asker)
+    base_step = source.steps[0] if base_step is None else base_step
+    if base_step not in source.steps:
+        raise InputError(
+            f"{asker}: no checkpoint at base step {base_step}; there are {source.steps}"
+        )
+    base = _weights(source.at(base_step), asker)
+    found, previous, before = [], None, None
+    for model in source:
+        current = _weights(model, asker)
+        _refuse_other_tensors(base, current, base_step, model.step, asker)
+        found.append(_tensor_rows(base, before, previous, current, model))
+        before, previous = previous, current
+    table = validate(pd.concat(found, ignore_index=True))
+    table.attrs = {
+        "passport": {**model.passport(), "base_step": base_step, "steps": source.steps},
+        "dropped": 0,
+    }
+    return table
+
+
+def _refuse_no_run(source, asker: str) -> None:
     if not isinstance(source, Checkpoints):
         raise InputError(
             f"{asker}: source is a {type(source).__name__}, needs the checkpoints of a run; "
@@ -142,45 +129,27 @@ def probe_weight_drift(source: Checkpoints, *, base_step: int | None = None) -> 
         raise InputError(
             f"{asker}: {source.run} has checkpoints at {source.steps}, needs at least two to compare"
         )
-    base_step = source.steps[0] if base_step is None else base_step
-    if base_step not in source.steps:
-        raise InputError(
-            f"{asker}: no checkpoint at base step {base_step}; there are {source.steps}"
-        )
-    base = _weights(source.at(base_step))
-    found, previous = [], None
-    for model in source:
-        current = _weights(model)
-        _refuse_other_tensors(base, current, base_step, model.step)
-        found.append(_tensor_rows(base, previous, current, model))
-        previous = current
-    table = validate(pd.concat(found, ignore_index=True))
-    table.attrs = {
-        "passport": {**model.passport(), "base_step": base_step, "steps": source.steps},
-        "dropped": 0,
-    }
-    return table
 
 
-def _weights(model: LanguageModel) -> dict[str, tuple[str, int, torch.Tensor]]:
+def _weights(model: LanguageModel, asker: str) -> dict[str, tuple[str, int, torch.Tensor]]:
     """A copy, for the module is the next checkpoint's too."""
     found = {}
     for name, role, block, value in weight_tensors(model.module):
         if not value.is_floating_point():
             raise InputError(
-                f"probe_weight_drift: {name} holds {value.dtype} weights, needs floats; load the "
+                f"{asker}: {name} holds {value.dtype} weights, needs floats; load the "
                 "model without quantisation"
             )
         if not value.isfinite().all():
             raise InputError(
-                f"probe_weight_drift: {name} is not finite at step {model.step} of {model.run}; "
+                f"{asker}: {name} is not finite at step {model.step} of {model.run}; "
                 "the checkpoint holds NaN or Inf: leave that step out with select"
             )
         found[name] = (role, block, value.clone())
     return found
 
 
-def _refuse_other_tensors(base: dict, current: dict, base_step: int, step: int) -> None:
+def _refuse_other_tensors(base: dict, current: dict, base_step: int, step: int, asker: str) -> None:
     first, second = (
         {name: tuple(value.shape) for name, (_, _, value) in each.items()}
         for each in (base, current)
@@ -189,7 +158,7 @@ def _refuse_other_tensors(base: dict, current: dict, base_step: int, step: int) 
     if differ:
         name = differ[0]
         raise InputError(
-            f"probe_weight_drift: {name} is {first.get(name, 'not there')} at step {base_step} and "
+            f"{asker}: {name} is {first.get(name, 'not there')} at step {base_step} and "
             f"{second.get(name, 'not there')} at step {step}; give checkpoints of one architecture"
         )
 
@@ -198,27 +167,39 @@ def _double(value: torch.Tensor) -> torch.Tensor:
     return (value.cpu() if value.device.type == "mps" else value).double()  # mps has no float64
 
 
-def _tensor_rows(base: dict, previous: dict | None, current: dict, model) -> pd.DataFrame:
+def _pools(role: np.ndarray, block: np.ndarray) -> list[tuple[str, int, np.ndarray]]:
+    """Module, layer and which tensors: roles, all of them, and roles within a block."""
+    found = [(each, OUTSIDE, role == each) for each in dict.fromkeys(role)]
+    found.append(("all", OUTSIDE, np.full(len(role), True)))
+    inside = dict.fromkeys((r, b) for r, b in zip(role, block, strict=True) if b != OUTSIDE)
+    return found + [(r, int(b), (role == r) & (block == b)) for r, b in inside]
+
+
+def _tensor_rows(base: dict, before: dict | None, previous: dict | None, current: dict, model):
     sums, spectra, where = [], [], []
     for name, (role, block, value) in current.items():
         start, now = _double(base[name][2]), _double(value)
-        before = now if previous is None else _double(previous[name][2])
-        parts = (start * start, now * now, start * now, (now - start) ** 2, (now - before) ** 2)
-        sums.append([float(each.sum()) for each in parts])
+        # with no earlier checkpoint there is no change, with one no change before it
+        last = now if previous is None else _double(previous[name][2])
+        change = now - last
+        older = last - (last if before is None else _double(before[name][2]))
+        pairs = (start, start), (now, now), (start, now), (now - start, now - start)
+        pairs += (change, change), (older, older), (change, older)
+        sums.append([float((a * b).sum()) for a, b in pairs])
         flat = value.ndim != 2
         epsilon = torch.finfo(value.dtype).eps
         spectra.append((np.nan,) * 3 if flat else spectrum_sizes(now, epsilon))
         where.append((name, role, block, flat))
     tensor, role, block, flat = map(np.array, zip(*where, strict=True))
     sums, spectra = np.array(sums), np.array(spectra)
-    pooled = [(each, sums[role == each].sum(axis=0)) for each in dict.fromkeys(role)]
-    pooled.append(("all", sums.sum(axis=0)))
+    pools = _pools(role, block)
     names = {
-        "tensor": np.concatenate([tensor, ["all"] * len(pooled)]),
-        "module": np.concatenate([role, [each for each, _ in pooled]]),
-        "layer": np.concatenate([block, [OUTSIDE] * len(pooled)]),
+        "tensor": np.concatenate([tensor, ["all"] * len(pools)]),
+        "module": np.concatenate([role, [each for each, _, _ in pools]]),
+        "layer": np.concatenate([block, [layer for _, layer, _ in pools]]),
     }
-    parts = _change_rows(np.vstack([sums, [s for _, s in pooled]]), names, previous is None, model)
+    pooled = np.vstack([sums, [sums[chosen].sum(axis=0) for _, _, chosen in pools]])
+    parts = _change_rows(pooled, names, previous is None, before is None, model)
     zero = sums[:, 1] == 0
     reason = np.where(flat, "not a matrix", np.where(zero, "all weights are 0", None))
     names = {"tensor": tensor, "module": role, "layer": block}
@@ -233,20 +214,25 @@ def _tensor_rows(base: dict, previous: dict | None, current: dict, model) -> pd.
 
 
 def _change_rows(
-    sums: Float[np.ndarray, "tensor 5"], names: dict, first: bool, model
+    sums: Float[np.ndarray, "tensor 7"], names: dict, first: bool, second: bool, model
 ) -> list[pd.DataFrame]:
-    base, now, product, moved, stepped = sums.T
+    base, now, product, moved, stepped, stepped_before, turned = sums.T
     with np.errstate(divide="ignore", invalid="ignore"):
         values = {
             "weight_change": np.sqrt(moved / base),
             "weight_change_previous": np.sqrt(stepped / base),
             "weight_cosine": np.clip(product / np.sqrt(base * now), -1, 1),
+            "weight_turn": np.clip(turned / np.sqrt(stepped * stepped_before), -1, 1),
         }
     at_base = np.where(base == 0, "all weights are 0 at the base step", None)
+    still = (stepped == 0) | (stepped_before == 0)
     reasons = {
         "weight_change": at_base,
         "weight_change_previous": np.where(first, "no earlier checkpoint", at_base),
         "weight_cosine": np.where((now == 0) & (base != 0), "all weights are 0", at_base),
+        "weight_turn": np.where(
+            second, "no two earlier checkpoints", np.where(still, "did not move", None)
+        ),
     }
     parts = []
     for metric, value in values.items():
@@ -255,6 +241,134 @@ def _change_rows(
         beside = names | {"reason": why}
         parts.append(rows(metric, kept, run=model.run, step=model.step, beside=beside))
     return parts
+
+
+def probe_weight_path(
+    source: Checkpoints, *, phases: Mapping[str, tuple[int, int]] | None = None
+) -> pd.DataFrame:
+    """How far the weights went in each phase of training, how straight, and whether phases agree.
+
+    A path is measured from checkpoint to checkpoint, so it is a lower bound, and the closer the
+    checkpoints the longer it is: compare phases of equal ``changes`` and spacing. Memory is two
+    models, and two more for each phase. Differences are taken in float64, net ones kept in float32.
+
+    Args:
+        source: Checkpoints of one run, at least two.
+        phases: Name to first and last step, both of them checkpoints; they may overlap. None: one
+            phase, the whole run.
+
+    Returns:
+        Under each phase's last step, with coordinates ``phase``, ``changes`` (checkpoints after its
+        first), ``module`` and ``layer`` (-1: a role over all blocks, or all weights as ``all``):
+
+        - ``weight_path`` and ``weight_net`` (end less start), both as shares of the norm at the
+          run's first checkpoint; 0 where nothing moved, no upper end.
+        - ``straightness``, net over path: 1 on a straight line (and with one change), about
+          1 / sqrt(changes) for equal steps at right angles, 0 where the weights came back.
+        - ``phase_cosine`` to each other phase (``against``), over their net displacements: 1 the
+          same way, 0 for unrelated ones, -1 undone. Layer -1 only.
+
+        NaN with a ``reason`` where undefined. No intervals, n is 1: weights are measured whole.
+
+    Raises:
+        InputError: Not checkpoints, fewer than two, a phase that does not run from one checkpoint
+            to a later one, quantised weights, weights that are not finite, or other shapes.
+    """
+    asker = "probe_weight_path"
+    _refuse_no_run(source, asker)
+    steps = source.steps
+    phases = {"whole run": (steps[0], steps[-1])} if phases is None else dict(phases)
+    if not phases:
+        raise InputError(f"{asker}: phases is empty; give names with steps, or None for one phase")
+    for name, (start, end) in phases.items():
+        if start not in steps or end not in steps or start >= end:
+            raise InputError(
+                f"{asker}: phase {name!r} runs from {start} to {end}, needs a checkpoint and a "
+                f"later one; there are {steps}"
+            )
+    starts: dict[str, dict] = {}
+    nets: dict[str, list[torch.Tensor]] = {}
+    base = previous = model = None
+    for model in source:
+        current = _weights(model, asker)
+        if base is None:
+            size = np.array([float(_double(v).square().sum()) for _, _, v in current.values()])
+            base, pools = current, _tensor_pools(current)
+            paths = {name: np.zeros(len(pools)) for name in phases}
+        _refuse_other_tensors(base, current, steps[0], model.step, asker)
+        if previous is not None:
+            change = [float(d.square().sum()) for d in _differences(previous, current)]
+            length = np.sqrt([np.sum(change, where=chosen) for _, _, chosen in pools])
+            for name, (start, end) in phases.items():
+                if start < model.step <= end:
+                    paths[name] += length
+        for name, (start, end) in phases.items():
+            if model.step == start:
+                starts[name] = current
+            if model.step == end:
+                nets[name] = [d.float() for d in _differences(starts.pop(name), current)]
+        previous = current
+    parts = [_path_rows(name, phases, nets, paths[name], size, pools, source) for name in phases]
+    table = validate(pd.concat(parts, ignore_index=True))
+    table.attrs = {
+        "passport": {**model.passport(), "phases": {n: list(p) for n, p in phases.items()}},
+        "dropped": 0,
+    }
+    return table
+
+
+def _tensor_pools(weights: dict) -> list[tuple[str, int, np.ndarray]]:
+    role, block = zip(*((r, b) for r, b, _ in weights.values()), strict=True)
+    return _pools(np.array(role), np.array(block))
+
+
+def _differences(first: dict, second: dict) -> Iterator[torch.Tensor]:
+    return (_double(value) - _double(first[name][2]) for name, (_, _, value) in second.items())
+
+
+def _path_rows(name, phases, nets, path, size, pools, source) -> pd.DataFrame:
+    start, end = phases[name]
+    named = {"run": source.run, "step": end}
+    beside = {
+        "phase": name,
+        "changes": sum(start < step <= end for step in source.steps),
+        "module": np.array([module for module, _, _ in pools]),
+        "layer": np.array([layer for _, layer, _ in pools]),
+    }
+
+    def pooled(squares: Sequence[float]) -> np.ndarray:
+        return np.array([np.sum(squares, where=chosen) for _, _, chosen in pools])
+
+    own = pooled([_dot(net, net) for net in nets[name]])
+    norm, net = np.sqrt(pooled(size)), np.sqrt(own)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = {
+            "weight_path": (path / norm, norm == 0, "all weights are 0 at the first step"),
+            "weight_net": (net / norm, norm == 0, "all weights are 0 at the first step"),
+            # rounding of one change may lift the ratio over 1
+            "straightness": (np.minimum(net / path, 1.0), path == 0, "did not move"),
+        }
+    parts = []
+    for metric, (value, bad, why) in values.items():
+        reason = {"reason": np.where(bad, why, None)}
+        parts.append(rows(metric, np.where(bad, np.nan, value), beside=beside | reason, **named))
+    whole = beside["layer"] == OUTSIDE
+    beside = {k: v[whole] if isinstance(v, np.ndarray) else v for k, v in beside.items()}
+    for other in phases:
+        if other == name:
+            continue
+        product = pooled([_dot(a, b) for a, b in zip(nets[name], nets[other], strict=True)])
+        length = np.sqrt(own * pooled([_dot(each, each) for each in nets[other]]))
+        bad = (length == 0)[whole]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            cosine = np.where(bad, np.nan, np.clip(product / length, -1, 1)[whole])
+        why = {"against": other, "reason": np.where(bad, "did not move", None)}
+        parts.append(rows("phase_cosine", cosine, beside=beside | why, **named))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((_double(a) * _double(b)).sum())
 
 
 # Representations

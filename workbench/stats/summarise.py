@@ -136,7 +136,7 @@ def _means(
     wilson = result["metric"].astype(str).isin(verdicts).to_numpy()
     low[wilson], high[wilson] = wilson_interval(mean[wilson], n[wilson], level)
     power = result["metric"].astype(str).isin(GEOMETRIC).to_numpy()
-    mean, low, high = (np.where(power, np.exp(v), v) for v in (mean, low, high))
+    mean, low, high = (np.where(power, np.exp(np.where(power, v, 0)), v) for v in (mean, low, high))
     result = result.assign(value=mean, lo=low, hi=high, n=n, item="all")
     result = _unkept(result, table, keys)
     reason = np.full(size, "", dtype=object)
