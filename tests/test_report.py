@@ -377,6 +377,27 @@ def test_status_is_written_for_all(made):
     assert json.loads((out / "dies" / "status.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.parametrize(
+    ("printed", "kept"),
+    [
+        ("edits:  69%|######8   | 22/32 [00:10<00:04,  2.16/s]\r             \r", ""),
+        ("training:  34%|███   | 240/700 [00:40<01:18, 5.89update/s, loss=3.7]\n\nsaid\n", "said"),
+        ("12text [00:01, 9.9text/s]", ""),
+        ("warned\nedits: 5%|# | 1/20 [00:00<00:03, 6it/s]\nafter", "warned\nafter"),
+        ("a | 100% | b [see 3:04 below]\n", "a | 100% | b [see 3:04 below]\n"),
+        ("kept 12 [0.1, 0.3]\n  x\n", "kept 12 [0.1, 0.3]\n  x\n"),
+    ],
+)
+def test_progress_bars_do_not_stay_on_the_page(printed, kept):
+    assert report._without_bars(printed) == kept
+    stream = v4.new_output("stream", text=kept)
+    assert report._was_a_bar(stream) == (kept == "")
+    kind = "application/vnd.jupyter.widget-view+json"
+    widget = v4.new_output("display_data", data={kind: {}, "text/plain": printed.strip("\r ")})
+    assert report._was_a_bar(widget) == (kept == "")
+    assert not report._was_a_bar(v4.new_output("display_data", data={"text/plain": printed}))
+
+
 def test_the_executed_notebook_keeps_nothing_of_the_run(made):
     out, _ = made
     text = (out / "demo" / "demo.ipynb").read_text()

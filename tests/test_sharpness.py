@@ -528,16 +528,13 @@ def test_areas_that_have_no_error_say_why():
 
 def test_rank_correlation_by_hand():
     # ranks 1 2 3 and 1 3 2: 1 - 6 (0 + 1 + 1) / (3 * 8) = 1/2
-    one = np.arange(3)[None]
-    assert rank_correlation(np.array([[5.0, 6, 7], [1, 9, 4]]), one)[0] == pytest.approx(0.5)
+    assert rank_correlation(np.array([[5.0, 6, 7], [1, 9, 4]])) == pytest.approx(0.5)
     # beside z = x nothing of x is left; beside z: x 1 2 3 4, y 2 1 4 3, z 1 2 2 1
-    four = np.arange(4)[None]
     x, y, z = np.arange(4.0), np.array([2.0, 1, 4, 3]), np.array([1.0, 2, 2, 1])
-    assert np.isnan(rank_correlation(np.array([x, y, x]), four)[0])
-    assert np.isnan(rank_correlation(np.array([x, np.ones(4)]), four)[0])
+    assert np.isnan(rank_correlation(np.array([x, y, x])))
+    assert np.isnan(rank_correlation(np.array([x, np.ones(4)])))
     # z has ranks 1.5 3.5 3.5 1.5, uncorrelated with both: the plain value, 1 - 6 * 4 / 60 = .6
-    assert rank_correlation(np.array([x, y, z]), four)[0] == pytest.approx(0.6)
-    assert rank_correlation(np.array([x, y, y]), four).size == 1
+    assert rank_correlation(np.array([x, y, z])) == pytest.approx(0.6)
 
 
 def test_partial_rank_correlation_is_that_of_the_formula():
@@ -548,12 +545,8 @@ def test_partial_rank_correlation_is_that_of_the_formula():
     sides[:2] += sides[2]
     r = spearmanr(sides.T).statistic
     expected = (r[0, 1] - r[0, 2] * r[1, 2]) / np.sqrt((1 - r[0, 2] ** 2) * (1 - r[1, 2] ** 2))
-    got = rank_correlation(sides, np.arange(30)[None])[0]
-    assert got == pytest.approx(expected, rel=1e-12)
-    index = rng.integers(30, size=(2, 30))
-    again = rank_correlation(sides[:2], index)
-    plain = [spearmanr(sides[0, each], sides[1, each]).statistic for each in index]
-    np.testing.assert_allclose(again, plain, rtol=1e-12)
+    assert rank_correlation(sides) == pytest.approx(expected, rel=1e-12)
+    assert rank_correlation(sides[:2]) == pytest.approx(r[0, 1], rel=1e-12)
 
 
 def test_correlation_with_what_training_did():
@@ -565,15 +558,41 @@ def test_correlation_with_what_training_did():
     given = sharpness_correlation(sharp, truth, given=("loss",)).iloc[0]
     assert plain["metric"] == "spearman" and plain["n"] == 39 and plain["given"] == ""
     assert given["given"] == "loss" and given["value"] > plain["value"] + 0.1
-    sides = np.array([np.exp(effect + loss)[:39], effect[:39]])
-    index = np.random.default_rng(0).integers(39, size=(1000, 39))
-    drawn = rank_correlation(sides, index)
-    np.testing.assert_allclose([plain["lo"], plain["hi"]], np.quantile(drawn, [0.025, 0.975]))
-    assert plain["se"] == pytest.approx(drawn.std(ddof=1))
+    # Bonett & Wright: z half width 1.96 sqrt((1 + r^2 / 2) / (39 - 3)), one less with a confound
+    for found, spare in ((plain, 36), (given, 35)):
+        half = 1.959964 * np.sqrt((1 + found["value"] ** 2 / 2) / spare)
+        ends = np.tanh(np.arctanh(found["value"]) + np.array([-half, half]))
+        np.testing.assert_allclose([found["lo"], found["hi"]], ends, rtol=1e-6)
     few = sharpness_correlation(sharp.head(3), truth).iloc[0]
     assert np.isnan(few["value"]) and few["reason"] == "3 items, fewer than 4"
+    few = sharpness_correlation(sharp.head(4), truth, given=("loss",)).iloc[0]
+    assert np.isnan(few["value"]) and few["reason"] == "4 items, fewer than 5"
     same = sharpness_correlation(sharp.assign(value=1.0), truth).iloc[0]
     assert np.isnan(same["value"]) and same["reason"] == "no spread: the items do not differ"
+    perfect = sharpness_correlation(sharp.assign(value=np.exp(effect)), truth).iloc[0]
+    assert perfect["value"] == 1 and np.isnan(perfect["lo"])
+    assert perfect["reason"] == "no error: the ranks agree entirely"
+
+
+@pytest.mark.parametrize("confounds", [0, 1])
+def test_the_interval_covers_the_true_correlation(confounds):
+    rng = np.random.default_rng(0)
+
+    def drawn(n: int) -> np.ndarray:
+        sides = rng.multivariate_normal([0, 0], [[1, 0.6], [0.6, 1]], size=n).T
+        if not confounds:
+            return sides
+        z = rng.normal(size=n)
+        return np.stack([*(sides + 0.7 * z * np.array([[1], [-1]])), z])
+
+    true, hits = rank_correlation(drawn(20_000)), 0
+    for _ in range(300):
+        sides = drawn(12)
+        sharp = measured(np.exp(sides[0]), "a", **({"loss": sides[2]} if confounds else {}))
+        truth = measured(sides[1], "a", metric="memorization")
+        row = sharpness_correlation(sharp, truth, given=["loss"][:confounds]).iloc[0]
+        hits += row["lo"] <= true <= row["hi"]
+    assert 0.92 <= hits / 300 <= 0.98  # two and a half standard errors about .95
 
 
 def test_what_cannot_be_compared_is_refused():

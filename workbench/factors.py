@@ -502,7 +502,7 @@ class _Run:
     def plan(self, leader: Mapping[str, str], memory: float | None, stored: bool) -> Plan:
         """Batches and groups of layers that fit a memory, in as few passes as can be."""
         names = tuple(layer.name for layer in self.layers)
-        tokens, rows = tokens_per_batch(self.model), rows_at_once(self.model)
+        tokens, rows = tokens_per_batch(self.model), _rows_at_once(self.model)
         if memory is None:
             return Plan(tokens, rows, (names,))
         per_token, per_row = self._activations()
@@ -554,7 +554,7 @@ class _Run:
         """Bytes at the peak for each position of a batch, and for each row at the head."""
         whole = self.tokens[0]
         half = whole[: len(whole) // 2 + 1]
-        rows = min(len(half) - 1, rows_at_once(self.model))
+        rows = min(len(half) - 1, _rows_at_once(self.model))
         sizes, peaks = [], []
         for text in (half, whole):
             ids, targets, mask = padded(self.model, [text])
@@ -737,7 +737,7 @@ def add_gradients(
     if not model._head_agrees(hidden):  # more than a matrix and a cap: by the definition
         summed_loss(model, ids, targets, mask, labels, seed).backward()
         return
-    rows = rows or rows_at_once(model)
+    rows = rows or _rows_at_once(model)
     counted = mask.flatten().nonzero()[:, 0]
     flat, wanted = hidden.detach().flatten(0, 1), targets.flatten()
     draws = uniform_draws(ids, targets, mask, seed).flatten() if labels == "sampled" else None
@@ -753,7 +753,7 @@ def add_gradients(
     hidden.backward(below.view_as(hidden))
 
 
-def rows_at_once(model: LanguageModel) -> int:
+def _rows_at_once(model: LanguageModel) -> int:
     return max(1, LOSS_ELEMENTS.get(model.device.type, 2**24) // model.vocabulary)
 
 

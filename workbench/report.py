@@ -51,6 +51,8 @@ KEY = "key.json"
 STARTS = 3  # tries to start a kernel: another process can take its ports before it binds them
 _INPUT, _EXECUTED = ".input.ipynb", ".executed.ipynb"  # working files, gone before the folder shows
 _INJECTED = "injected-parameters"
+# what tqdm writes: "edits:  69%|######8   | 22/32 [00:10<00:04, 2.16/s]", "12text [00:01, 9.9text/s]"
+_BAR = re.compile(r"[^\r\n]*(?:\d%\|[^\r\n]*\||\d\w*) ?[^\s|]* \[\d+:\d\d[^\]\r\n]*\][^\r\n]*")
 _NO_SPACE = "[Errno 28]"
 
 
@@ -488,7 +490,26 @@ def _clean(notebook, folder: Path) -> None:
             output["evalue"] = _scrubbed(output["evalue"], folder)
             output["traceback"] = [_scrubbed(part, folder) for part in output["traceback"]]
         elif output.output_type == "stream":
-            output["text"] = _scrubbed(output["text"], folder)
+            output["text"] = _scrubbed(_without_bars(output["text"]), folder)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not _was_a_bar(output)]
+
+
+def _without_bars(text: str) -> str:
+    """Text without what progress bars left in it, which is over and tells only of this machine."""
+    kept = _BAR.sub("", text)
+    return text if kept == text else re.sub(r"[ \t]*[\r\n]+", "\n", kept).strip("\r\n ")
+
+
+def _was_a_bar(output) -> bool:
+    """Whether nothing but progress was in it: an emptied stream, or a bar that was a widget."""
+    if output.output_type == "stream":
+        return not output["text"]
+    data = output.get("data", {})
+    return any("widget-view" in kind for kind in data) and bool(
+        _BAR.fullmatch(data.get("text/plain", ""))
+    )
 
 
 def _mark_failed(notebook, index: int, failure: _Failure) -> None:

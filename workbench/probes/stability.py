@@ -317,25 +317,13 @@ def probe_stability(
     grid = _grid(method, rho, edits)
     _refuse_settings(labels, shares, mass, dimensions, others)
     items = check_items(items)
-    asked = items[items["group"] == memorized]
-    if asked.empty:
-        raise InputError(
-            f"{ASKER}: no items of group {memorized!r}; there are groups "
-            f"{', '.join(sorted(map(str, items['group'].unique())))}"
-        )
-    if len(texts) < 2:
-        raise InputError(
-            f"{ASKER}: got {len(texts)} texts, needs at least two, which are compared with each other"
-        )
+    asked = _asked(items, memorized, texts)
     tokens, kept = cut_items(model, asked, prefix + suffix, asker=ASKER)
     order = np.random.default_rng([seed, len(texts)]).permutation(len(texts))
     texts = [texts[i] for i in order]
 
     def make(model: LanguageModel, texts: Sequence[str], labels: str, seed: int) -> Setting:
-        encoded = [each[: model.context] for each in model.encode(list(texts))]
-        usable = [each for each in encoded if len(each) >= 2]
-        if not usable:
-            raise InputError(f"{ASKER}: none of {len(texts)} texts has two tokens; give more text")
+        usable = _usable(model, texts)
         with warnings.catch_warnings():
             # few tokens are what is being looked at
             warnings.filterwarnings("ignore", "collect_factors: .* tokens for factors")
@@ -346,10 +334,7 @@ def probe_stability(
         bases = decompose(factors)
         if "ekfac" in dict(grid):
             bases = correct_masses(model, bases, usable, labels=labels, seed=seed)
-        verdicts = {("none", 1.0): recited(model, tokens, prefix)}
-        for name, share in grid:
-            with edited(bases, method=name, rho=share):
-                verdicts[name, share] = recited(model, tokens, prefix)
+        verdicts = _verdicts(model, bases, grid, tokens, prefix)
         return Setting(model.run, model.step, factors.tokens, bases, verdicts)
 
     def settings() -> Iterator[tuple[str, str, Setting, Setting]]:
@@ -404,6 +389,36 @@ def probe_stability(
         },
     }
     return table
+
+
+def _asked(items: pd.DataFrame, memorized: str, texts: Sequence[str]) -> pd.DataFrame:
+    asked = items[items["group"] == memorized]
+    if asked.empty:
+        raise InputError(
+            f"{ASKER}: no items of group {memorized!r}; there are groups "
+            f"{', '.join(sorted(map(str, items['group'].unique())))}"
+        )
+    if len(texts) < 2:
+        raise InputError(
+            f"{ASKER}: got {len(texts)} texts, needs at least two, which are compared with each other"
+        )
+    return asked
+
+
+def _usable(model: LanguageModel, texts: Sequence[str]) -> list[Int[np.ndarray, " pos"]]:
+    encoded = [each[: model.context] for each in model.encode(list(texts))]
+    usable = [each for each in encoded if len(each) >= 2]
+    if not usable:
+        raise InputError(f"{ASKER}: none of {len(texts)} texts has two tokens; give more text")
+    return usable
+
+
+def _verdicts(model, bases, grid, tokens, prefix: int) -> dict[tuple[str, float], np.ndarray]:
+    verdicts = {("none", 1.0): recited(model, tokens, prefix)}
+    for name, share in grid:
+        with edited(bases, method=name, rho=share):
+            verdicts[name, share] = recited(model, tokens, prefix)
+    return verdicts
 
 
 def recited(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from scipy import stats
 
 from workbench.stats.membership import (
@@ -21,8 +21,6 @@ from workbench.stats.membership import (
     rows_at,
 )
 from workbench.table import InputError, one_metric, validate
-
-LEAST = 4  # items of a correlation
 
 
 def sharpness_auc(
@@ -79,8 +77,6 @@ def sharpness_correlation(
     by: Sequence[str] = ("run", "step"),
     given: Sequence[str] = (),
     level: float = 0.95,
-    draws: int = 1000,
-    seed: int = 0,
 ) -> pd.DataFrame:
     """Whether sharper texts are the more memorized: Spearman's rank correlation, item by item.
 
@@ -91,12 +87,14 @@ def sharpness_correlation(
         by: Coordinates within which items are correlated.
         given: Columns of ``table`` with confounds, such as the item's loss: what their ranks
             explain (a line each) is taken out of both sides first. ``by`` may hold a kind of text.
-        draws: Resamples of items behind the percentile interval.
 
     Returns:
         Rows "spearman" with the coordinates ``score``, the measure, and ``given``: 0 by
         chance, 1 where the sharpest is the most memorized and so on down, -1 reversed. ``n``
-        counts items. NaN with a reason where they are fewer than 4 or do not differ.
+        counts items. The interval is Fisher's, with the variance of Bonett & Wright (2000),
+        ``(1 + r^2 / 2) / (n - 3 - confounds)``: a bootstrap of a dozen ranks is far too narrow.
+        NaN with a reason where items do not differ or are fewer than 4 and the confounds;
+        where the ranks agree entirely only the interval is.
 
     Raises:
         InputError: Unknown columns, truth of several metrics or with an item twice, no items in
@@ -117,42 +115,39 @@ def sharpness_correlation(
     made = []
     for where, part in by_score(paired, by, asker):
         sides = part[["value", "truth", *given]].to_numpy(dtype=float).T
-        value, reason = float(rank_correlation(sides, np.arange(len(part))[None])[0]), ""
+        value, reason = rank_correlation(sides), ""
         low = high = error = np.nan
-        if len(part) < LEAST:
-            value, reason = np.nan, f"{len(part)} items, fewer than {LEAST}"
+        spare = len(part) - 3 - len(given)
+        if spare < 1:
+            value, reason = np.nan, f"{len(part)} items, fewer than {4 + len(given)}"
         elif np.isnan(value):
             reason = "no spread: the items do not differ"
+        elif abs(value) > 1 - 1e-12:
+            reason = "no error: the ranks agree entirely"
         else:
-            rng = np.random.default_rng(seed)
-            drawn = rank_correlation(sides, rng.integers(len(part), size=(draws, len(part))))
-            low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-            error = float(np.nanstd(drawn, ddof=1))
-        beside = {"given": ", ".join(given), "se": error, "reason": reason}
+            error = np.sqrt((1 + value**2 / 2) / spare)  # of Fisher's z
+            half = stats.norm.ppf((1 + level) / 2) * error
+            low, high = np.tanh(np.arctanh(value) - half), np.tanh(np.arctanh(value) + half)
+        beside = {"given": ", ".join(given), "reason": reason}
         made.append(rows_at("spearman", value, low, high, part, where, len(part), beside))
     return validate(pd.concat(made, ignore_index=True))
 
 
-def rank_correlation(
-    sides: Float[np.ndarray, "side item"], index: Int[np.ndarray, "draw item"]
-) -> Float[np.ndarray, " draw"]:
+def rank_correlation(sides: Float[np.ndarray, "side item"]) -> float:
     """Spearman's correlation of the first two sides, less what the ranks of the others explain.
 
     (1, 2, 3) and (1, 3, 2) give 1/2. NaN where a side has no spread, or none is left of it.
     """
-    ranks = np.stack([stats.rankdata(side[index], axis=1) for side in sides])
-    ranks -= ranks.mean(axis=2, keepdims=True)
-    x, y, beside = ranks[0], ranks[1], np.moveaxis(ranks[2:], 0, 2)
-    whole = (x**2).sum(axis=1), (y**2).sum(axis=1)
-    if beside.shape[2]:
-        project = beside @ np.linalg.pinv(beside)
-        x, y = ((side - (project @ side[..., None])[..., 0]) for side in (x, y))
-    left = (x**2).sum(axis=1), (y**2).sum(axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        value = (x * y).sum(axis=1) / np.sqrt(left[0] * left[1])
+    ranks = stats.rankdata(sides, axis=1)
+    ranks -= ranks.mean(axis=1, keepdims=True)
+    beside, pair = ranks[2:].T, ranks[:2].T
+    left = pair - beside @ np.linalg.lstsq(beside, pair)[0] if len(ranks) > 2 else pair
+    spread = (left**2).sum(axis=0)
     # ranks are whole or half numbers: what rounding leaves of them is no spread
-    spread = (left[0] > 1e-9 * whole[0]) & (left[1] > 1e-9 * whole[1])
-    return np.where(spread, np.clip(value, -1.0, 1.0), np.nan)
+    if (spread <= 1e-9 * (pair**2).sum(axis=0)).any():
+        return np.nan
+    value = left[:, 0] @ left[:, 1] / np.sqrt(spread.prod())
+    return float(np.clip(value, -1.0, 1.0))
 
 
 def _with_columns(table: pd.DataFrame, names: Sequence[str], asker: str) -> pd.DataFrame:
