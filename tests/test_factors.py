@@ -369,10 +369,12 @@ def test_labels_by_spans_are_those_of_one_cumulative_sum(vocabulary, dtype):
     assert (p[torch.arange(500), got] > 0).all()
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("n", [1, 5, 511, 512, 513, 1100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_half_products_mirrored_are_whole_products(n, dtype):
+def test_half_products_mirrored_are_whole_products(monkeypatch, threads, n, dtype):
     rng = np.random.default_rng(n)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)  # BLAS on one, torch on more
     parts = [torch.from_numpy(rng.integers(-3, 4, size=(r, n))).to(dtype) for r in (1, 40)]
     total = torch.zeros(n, n, dtype=dtype)
     for part in parts:

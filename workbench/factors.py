@@ -278,9 +278,11 @@ def mirror(total: Float[torch.Tensor, "n n"]) -> Float[torch.Tensor, "n n"]:
 def add_upper(total: Float[torch.Tensor, "n n"], rows: Float[torch.Tensor, "row n"]) -> None:
     """Add ``rows^T rows`` to the upper triangle of a total; what comes to lie below is undefined.
 
-    A CPU's BLAS does half the work for it; cuBLAS's is not at hand in torch.
+    On one thread SciPy's BLAS does half the work for it. On several its threads and those of torch
+    get in each other's way and it takes twice as long as torch's product of the whole; cuBLAS's
+    is not at hand in torch.
     """
-    if total.device.type != "cpu":
+    if total.device.type != "cpu" or torch.get_num_threads() > 1:
         total.addmm_(rows.T, rows)
         return
     update = blas.dsyrk if total.dtype == torch.float64 else blas.ssyrk
