@@ -4,7 +4,7 @@
 two blocks; all ways in turn in one process, the least of the rounds counts. Products are of a text
 of 64 predictions, by all parameters: the first of a block, another (the graph of the gradient is
 kept), and each of eight at once. Factors are of all MLP matrices with gold labels, over that text
-and over 32 of them; curvlinops (tests/oracle.txt) collects the same, with nothing but those weights
+and over 128 of them; curvlinops (tests/oracle.txt) collects the same, with nothing but those weights
 to differentiate by, its counts given and its checks off. Memory is the peak of what torch has
 allocated above the weights, from the allocations and releases that its profiler records.
 """
@@ -24,7 +24,7 @@ from workbench.factors import collect_factors, linear_layers, padded, summed_los
 from workbench.hessian import loss_hessian
 from workbench.models import LanguageModel
 
-ROUNDS, TOKENS, TEXTS, VOCABULARY = 7, 64, 32, 2048
+ROUNDS, TOKENS, TEXTS, VOCABULARY = 5, 64, 128, 2048
 MLP = {"neox": ["mlp.up", "mlp.down"], "llama": ["mlp.up", "mlp.gate", "mlp.down"]}
 WARM_UP = 2
 
