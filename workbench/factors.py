@@ -578,13 +578,24 @@ def _usable_lengths(model, tokens, labels: str, dtype: str) -> Int[np.ndarray, "
         raise InputError(f"collect_factors: labels {labels!r}; choose from {', '.join(LABELS)}")
     if dtype not in DTYPES:
         raise InputError(f"collect_factors: dtype {dtype!r}; choose from {', '.join(DTYPES)}")
+    return usable_lengths(model, tokens, "collect_factors")
+
+
+def usable_lengths(
+    model: LanguageModel, tokens: Sequence[Int[np.ndarray, " pos"]], asker: str
+) -> Int[np.ndarray, " item"]:
+    """The length of each text, all of them such that they predict a token and fit the model.
+
+    Raises:
+        InputError: No texts, or some that are too short or too long.
+    """
     if not len(tokens):
-        raise InputError("collect_factors: got no texts, needs at least one of two tokens")
+        raise InputError(f"{asker}: got no texts, needs at least one of two tokens")
     lengths = np.array([len(each) for each in tokens], dtype=np.int64)
     wrong = (lengths < 2) | (lengths > model.context)
     if wrong.any():
         raise InputError(
-            f"collect_factors: {wrong.sum()} of {len(lengths)} texts are shorter than 2 or longer "
+            f"{asker}: {wrong.sum()} of {len(lengths)} texts are shorter than 2 or longer "
             f"than the context of {model.context} tokens (first: number {wrong.argmax()}, "
             f"{lengths[wrong][0]} tokens); drop or cut them"
         )

@@ -37,6 +37,7 @@ from workbench.factors import (
     sampled_labels,
     summed_loss,
     texts_hash,
+    usable_lengths,
     with_full_digits,
 )
 from workbench.models import LanguageModel, buckets
@@ -172,14 +173,7 @@ def _usable_tokens(model: LanguageModel, texts) -> list[Int[np.ndarray, " pos"]]
     if not texts:
         raise InputError("diagonal_fisher: got no texts, needs at least one of two tokens")
     tokens = model.encode(texts) if isinstance(texts[0], str) else [np.asarray(t) for t in texts]
-    lengths = np.array([len(each) for each in tokens])
-    wrong = (lengths < 2) | (lengths > model.context)
-    if wrong.any():
-        raise InputError(
-            f"diagonal_fisher: {wrong.sum()} of {len(lengths)} texts are shorter than 2 or longer "
-            f"than the context of {model.context} tokens (first: number {wrong.argmax()}, "
-            f"{lengths[wrong][0]} tokens); drop or cut them"
-        )
+    usable_lengths(model, tokens, "diagonal_fisher")
     for name, each in model.module.named_parameters():
         if not each.is_floating_point():
             raise InputError(

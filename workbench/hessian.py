@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from workbench.factors import DTYPES, LOGITS_PER_BATCH, padded, summed_loss
+from workbench.factors import DTYPES, LOGITS_PER_BATCH, padded, summed_loss, usable_lengths
 from workbench.models import LanguageModel, buckets
 from workbench.table import InputError
 
@@ -235,7 +235,7 @@ def loss_hessian(
         raise InputError(
             f"loss_hessian: reduction {reduction!r}; choose from {', '.join(REDUCTIONS)}"
         )
-    _refuse_lengths(model, tokens)
+    usable_lengths(model, tokens, "loss_hessian")
     model = in_dtype(model, dtype)
     chosen = _chosen(model.module, parameters)
     counted = sum(len(each) - 1 for each in tokens)
@@ -245,19 +245,6 @@ def loss_hessian(
             yield hessian
         finally:
             hessian._kept.clear()
-
-
-def _refuse_lengths(model: LanguageModel, tokens: Sequence[np.ndarray]) -> None:
-    if not len(tokens):
-        raise InputError("loss_hessian: got no texts, needs at least one of two tokens")
-    lengths = np.array([len(each) for each in tokens])
-    wrong = (lengths < 2) | (lengths > model.context)
-    if wrong.any():
-        raise InputError(
-            f"loss_hessian: {wrong.sum()} of {len(lengths)} texts are shorter than 2 or longer "
-            f"than the context of {model.context} tokens (first: number {wrong.argmax()}, "
-            f"{lengths[wrong][0]} tokens); drop or cut them"
-        )
 
 
 def in_dtype(model: LanguageModel, dtype: str | None, asker: str = "loss_hessian") -> LanguageModel:

@@ -14,7 +14,14 @@ from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
 from workbench.curvature import Basis, decompose, weight_hash
-from workbench.factors import collect_factors, frozen, gradients_seen, padded, summed_loss
+from workbench.factors import (
+    collect_factors,
+    frozen,
+    gradients_seen,
+    padded,
+    summed_loss,
+    usable_lengths,
+)
 from workbench.hessian import (
     VECTORS,
     Hessian,
@@ -280,7 +287,7 @@ def input_curvature(
     asker = "input_curvature"
     if probes < 1:
         raise InputError(f"{asker}: probes is {probes}, needs at least 1")
-    _refuse_lengths(model, tokens, asker)
+    usable_lengths(model, tokens, asker)
     model = in_dtype(model, None, asker)
     lengths = np.array([len(each) for each in tokens])
     out = np.empty((probes, len(tokens)))
@@ -362,7 +369,7 @@ def self_influence(
     """
     asker = "self_influence"
     _refuse_bases(model, bases, damping)
-    _refuse_lengths(model, tokens, asker)
+    usable_lengths(model, tokens, asker)
     lengths = np.array([len(each) for each in tokens])
     by_name = {basis.layer.name: basis for basis in bases}
     sums = np.zeros((3, len(tokens)))
@@ -429,17 +436,6 @@ def _refuse_bases(model: LanguageModel, bases: Sequence[Basis], damping: float) 
                 f"self_influence: {name} has components without mass, whose influence without "
                 "damping is infinite; give more texts for the factors, or damping above 0"
             )
-
-
-def _refuse_lengths(model: LanguageModel, tokens: Sequence[np.ndarray], asker: str) -> None:
-    lengths = np.array([len(each) for each in tokens])
-    wrong = (lengths < 2) | (lengths > model.context)
-    if wrong.any():
-        raise InputError(
-            f"{asker}: {wrong.sum()} of {len(lengths)} texts are shorter than 2 or longer than the "
-            f"context of {model.context} tokens (first: number {wrong.argmax()}, "
-            f"{lengths[wrong][0]} tokens); drop or cut them"
-        )
 
 
 def _refuse_loss(loss: Float[torch.Tensor, ""], batch: int, asker: str) -> None:
