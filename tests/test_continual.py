@@ -47,7 +47,7 @@ def cells(table):
     return table[table["change"].notna()]
 
 
-# --- the matrix: METRICS.md's fixture, and each formula as its paper or toolkit has it ------------
+# --- the matrix: the worked matrix, and each formula as its paper or toolkit has it ------------
 
 
 def test_the_fixture_by_hand():
@@ -542,7 +542,7 @@ def test_tables_that_are_refused():
 
 
 def test_windows_by_hand():
-    # METRICS.md: curve .90,.60,.75,.85: WF^2 .30, WP^2 .15, WP^3 .25; [.5,.2,.9]: WP^3 .70
+    # by hand: curve .90,.60,.75,.85: WF^2 .30, WP^2 .15, WP^3 .25; [.5,.2,.9]: WP^3 .70
     curve = np.array([0.9, 0.6, 0.75, 0.85])
     assert windowed_change(curve, 2) == (pytest.approx(0.3), pytest.approx(0.15))
     assert windowed_change(curve, 3)[1] == pytest.approx(0.25)
@@ -564,7 +564,7 @@ def test_windows_against_a_double_loop(curve, window):
 
 
 def gapped(turn=lambda x: x, metric="top1", items=2):
-    """METRICS.md's old task: .90 at the boundary, then .60, .75, .85; the new one ends at .80."""
+    """The worked old task: .90 at the boundary, then .60, .75, .85; the new one ends at .80."""
 
     def each(x):
         return [turn(x)] * items

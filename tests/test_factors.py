@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -599,6 +600,7 @@ def test_the_forecast_is_what_happens(monkeypatch, recompute):
     assert forecast.peak == pytest.approx(peak, rel=0.05)
     assert forecast.tokens == factors.tokens == 3 * 64
     assert (forecast.passes, forecast.tokens_per_batch) == (1, 65)
+    assert " in 1 pass, " in str(forecast) and " in 2 passes, " in str(replace(forecast, passes=2))
     assert forecast.seconds == 6.0
 
 

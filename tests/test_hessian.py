@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -257,6 +258,7 @@ def test_padded_texts_count_as_one_at_a_time(kind):
 def test_float32_and_half_precision():
     exact = real("neox")
     half = LanguageModel(real("neox").module.bfloat16(), Numbers(), run="half")
+    half.module.set_attn_implementation("eager")  # or the switch would be said as well
     rounded = LanguageModel(real("neox").module.bfloat16().double(), Numbers(), run="rounded")
     texts = some_texts(12, 5)
     with hs.loss_hessian(exact, texts, dtype="float32") as hessian:
@@ -278,6 +280,28 @@ def test_float32_and_half_precision():
         wanted = other.product(vector)
     np.testing.assert_allclose(single, wanted, atol=1e-5 * np.abs(wanted).max())
     assert half.module.dtype == torch.bfloat16
+
+
+def test_a_switch_of_attention_is_said():
+    module = neox(width=8, layers=1, vocabulary=40)
+    model = LanguageModel(module, Numbers(), run="r")
+    for attention, expected in (
+        ("eager", []),
+        (
+            "sdpa",
+            [
+                "second derivatives: attention is sdpa, which has none; it is eager for as long as "
+                "they are taken"
+            ],
+        ),
+    ):
+        module.set_attn_implementation(attention)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            with hs.loss_hessian(model, some_texts(6)):
+                assert module.config._attn_implementation == "eager"
+        assert [str(each.message) for each in said] == expected
+        assert module.config._attn_implementation == attention
 
 
 @pytest.mark.parametrize("fails", [False, True])

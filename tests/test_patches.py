@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,6 +53,23 @@ def weights(model: LanguageModel) -> dict[str, torch.Tensor]:
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_the_readmes_lines_run_as_they_stand(tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    blocks = [
+        each for each in re.findall(r"```python\n(.*?)```", readme, re.S) if "save_patch" in each
+    ]
+    model = small("llama")
+    monkeypatch.chdir(tmp_path)
+    known = {"model": model, "texts": ["w1 w2 w3 w4 w5 w6", "w7 w2 w9 w4"]}
+    with pytest.warns(UserWarning, match="under 10 a dimension"):
+        exec("\n".join(blocks), known)
+    assert len(blocks) == 1 and len(known["factors"].layers) == 14
+    with patched(model, "edit.safetensors") as edit:
+        assert edit.rho == 0.95 and edit.kept < 1
+        under = weights(model)
+    assert same(weights(load_model("edited-model")), under)
 
 
 # Patches

@@ -664,7 +664,7 @@ def test_bands_cover_and_tests_keep_their_size():
 
 
 def test_forgetting_events_by_hand():
-    # METRICS 6: 0,1,1,0,1,0,0,1 is forgotten twice and first learned at the second look (here step
+    # by hand: 0,1,1,0,1,0,0,1 is forgotten twice and first learned at the second look (here step
     # 101); never learned; never forgotten once learned
     table = panel(
         {

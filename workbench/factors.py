@@ -938,7 +938,8 @@ class Forecast:
 
     def __str__(self) -> str:
         return (
-            f"factors of {self.tokens} tokens: {self.seconds:.0f} s in {self.passes} passes, "
+            f"factors of {self.tokens} tokens: {self.seconds:.0f} s in {self.passes} "
+            f"pass{'es' if self.passes > 1 else ''}, "
             f"{self.peak / GIB:.2f} GiB beside the model at the peak, {self.factors / GIB:.2f} GiB "
             "of them to keep"
         )

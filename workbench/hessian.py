@@ -309,7 +309,10 @@ def _under(parameter: str, name: str) -> bool:
 def twice_differentiable(
     module: torch.nn.Module, chosen: dict[str, torch.nn.Parameter]
 ) -> Iterator[None]:
-    """Eager attention, no dropout, gradients for the chosen parameters alone, TF32 off."""
+    """Eager attention, no dropout, gradients for the chosen parameters alone, TF32 off.
+
+    Attention of another kind is switched, with a warning that says so, and switched back.
+    """
     flags = [(each, each.requires_grad) for each in module.parameters()]
     modes = [(each, each.training) for each in module.modules()]
     tf32 = torch.backends.cuda.matmul.allow_tf32
@@ -322,6 +325,11 @@ def twice_differentiable(
         torch.backends.cuda.matmul.allow_tf32 = False
         if attention not in (None, "eager"):
             switch("eager")
+            warnings.warn(
+                f"second derivatives: attention is {attention}, which has none; it is eager for as "
+                "long as they are taken",
+                stacklevel=4,
+            )
         with torch.enable_grad():
             yield
     finally:

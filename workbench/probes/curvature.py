@@ -403,7 +403,7 @@ def _with_edit(table: pd.DataFrame, edit: Edit) -> pd.DataFrame:
 
 
 def _strict(scores, tokens: Int[np.ndarray, "item pos"], prefix: int) -> Bool[np.ndarray, " item"]:
-    # guess[:, t] is for token prefix + t; all right exactly if greedy decoding is (METRICS 2)
+    # guess[:, t] is for token prefix + t; all right exactly if greedy decoding is
     return (scores.guess == tokens[:, prefix:]).all(axis=1)
 
 
