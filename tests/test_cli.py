@@ -55,7 +55,7 @@ def test_help_imports_nothing_heavy_and_is_quick():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0
     assert done.stdout.splitlines()[-1] == "[]"
-    for command in ("report", "list", "suite", "lab"):
+    for command in ("report", "grid", "list", "suite", "lab"):
         assert f"\n  {command}" in done.stdout
 
 
@@ -153,7 +153,13 @@ def test_interrupt_ends_the_kernel_and_leaves_nothing(tmp_path):
     path = write_notebook(tmp_path, "slow", cells)
     command = [sys.executable, "-m", "workbench", "report", str(path), "--out", "out"]
     child = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell's background jobs, and test workers, hand on an ignored Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 60
     while not ((tmp_path / "pid").is_file() and (tmp_path / "pid").read_text()):

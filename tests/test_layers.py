@@ -14,6 +14,7 @@ PACKAGE = Path(workbench.__file__).parent
 # a module imports only modules of a lower number; one that is missing here needs a place
 LAYER = {
     "table": 0,
+    "cache": 0.5,
     "items": 1,
     "decoding": 0.5,  # models stands on it
     "models": 1,
@@ -48,8 +49,14 @@ LAYER = {
     "finetuning": 6,
     "streams": 5,
     "page": 5,
+    "site": 5.5,
     "explore": 6,
+    "engine": 5.7,
     "report": 6,
+    "fingerprint": 4,  # of the suite's specification, among others
+    "cluster": 6.3,
+    "grid": 6.7,
+    "reproduce": 6.5,
     "cli": 7,
     "__main__": 8,
 }

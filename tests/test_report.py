@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -14,7 +15,7 @@ import pandas as pd
 import pytest
 from nbformat import v4
 
-from workbench import page, report
+from workbench import engine, page, report
 from workbench.parameters import (
     Parameter,
     find_notebooks,
@@ -23,7 +24,8 @@ from workbench.parameters import (
     read_notebook,
     read_pairs,
 )
-from workbench.report import make_plans, publish, run_report, run_reports, write_index
+from workbench.report import make_plans, publish, run_report, run_reports
+from workbench.site import write_site
 from workbench.table import InputError, load, rows
 
 EVIL = "<script>window.pwned=1</script><img src=x onerror='window.pwned=2'>"
@@ -358,10 +360,11 @@ def test_each_run_ends_as_it_should(made):
     assert reports["dies"].error == (
         "The kernel died while this cell ran: out of memory, or a crash."
     )
-    assert sorted(p.name for p in out.iterdir()) == ["demo", "dies", "fails", "index.html"]
+    shown = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
+    assert {"demo", "dies", "fails", "index.html"} <= set(shown) and "refuses" not in shown
     assert sorted(p.name for p in (out / "demo").iterdir()) == [
-        "demo.ipynb", "key.json", "report.html", "status.json", "table.csv", "table.parquet",
-        "thumbnail.json",
+        "demo.ipynb", "figures.js", "key.json", "log.txt", "report.html", "status.json",
+        "table.csv", "table.parquet", "thumbnail.json",
     ]  # fmt: skip
 
 
@@ -389,13 +392,13 @@ def test_status_is_written_for_all(made):
     ],
 )
 def test_progress_bars_do_not_stay_on_the_page(printed, kept):
-    assert report._without_bars(printed) == kept
+    assert engine._without_bars(printed) == kept
     stream = v4.new_output("stream", text=kept)
-    assert report._was_a_bar(stream) == (kept == "")
+    assert engine._was_a_bar(stream) == (kept == "")
     kind = "application/vnd.jupyter.widget-view+json"
     widget = v4.new_output("display_data", data={kind: {}, "text/plain": printed.strip("\r ")})
-    assert report._was_a_bar(widget) == (kept == "")
-    assert not report._was_a_bar(v4.new_output("display_data", data={"text/plain": printed}))
+    assert engine._was_a_bar(widget) == (kept == "")
+    assert not engine._was_a_bar(v4.new_output("display_data", data={"text/plain": printed}))
 
 
 def test_the_executed_notebook_keeps_nothing_of_the_run(made):
@@ -448,7 +451,7 @@ def test_an_earlier_report_is_replaced_whole_and_a_refused_one_left(made, tmp_pa
     with pytest.raises(InputError, match=r"^load_model: no folder ./x; check -p model$"):
         run_report(path, out=out)
     assert (out / "demo" / "status.json").read_bytes() == before
-    assert not [p for p in out.iterdir() if p.name.startswith(".")]
+    assert [p.name for p in out.iterdir() if p.name.startswith(".")] == [".locks"]
 
 
 def test_output_folders_that_cannot_be(made, tmp_path):
@@ -474,28 +477,14 @@ def test_output_folders_that_cannot_be(made, tmp_path):
     assert file.read_text() == "mine"
 
 
-def test_a_disk_that_fills_up_leaves_the_old_report(tmp_path, monkeypatch):
-    target = tmp_path / "demo"
-    target.mkdir()
-    (target / "old").write_text("x")
-
-    def fill():
-        with report._swapped_folder(target) as folder:
-            (folder / "new").write_text("y")
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    with pytest.raises(OSError, match="No space"):
-        fill()
-    assert [p.name for p in tmp_path.rglob("*")] == ["demo", "old"]
-    with report._swapped_folder(target) as folder:
-        (folder / "new").write_text("y")
-    assert [p.name for p in tmp_path.rglob("*")] == ["demo", "new"]
-
-
 def test_the_suite_is_trained_before_any_kernel_starts(tmp_path, monkeypatch):
     asked = []
 
     class Suite:
+        @staticmethod
+        def specification(corpus):
+            return SimpleNamespace(hash="of the suite")
+
         @staticmethod
         def ensure_suite(corpus):
             asked.append(corpus)
@@ -516,7 +505,7 @@ def test_the_suite_is_trained_before_any_kernel_starts(tmp_path, monkeypatch):
 
 def test_the_index_lists_what_is_there(made):
     out, _ = made
-    html = write_index(out).read_text()
+    html = write_site(out).read_text()
     titles = re.findall(r'<h2><a href="([^"]+)">([^<]+)', html)
     assert titles == [
         (f"{n}/report.html", "How long is it kept?") for n in ("demo", "dies", "fails")

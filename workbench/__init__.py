@@ -87,6 +87,7 @@ _HOME = {
     "workbench.stats.audit": "audit_results",
     "workbench.stats.peaks": "peak_drop",
     "workbench.report": "publish run_report run_reports",
+    "workbench.grid": "read_grid run_grid",
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names.split()}
 __all__ = sorted(_WHERE)

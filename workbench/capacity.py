@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock
 from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from workbench.cache import keep, look
 from workbench.models import LanguageModel, versions
 from workbench.table import InputError, cache_folder, load, rows, save, validate
 from workbench.training import TextStream, Trainer, load_states, save_states
@@ -152,7 +152,7 @@ def load_capacity(size: str | Sequence[Run] = "default", *, progress: bool = Tru
         raise InputError("load_capacity: no runs; give some, or a size such as default")
     if len({run.hash for run in runs}) < len(runs):
         raise InputError("load_capacity: the same run is asked for twice; leave one out")
-    found = {run.hash: _read_cached(run) for run in runs}
+    found = {run.hash: look(_place(run), load)[0] for run in runs}
     left = [run for run in runs if found[run.hash] is None]
     watched = sys.stderr.isatty() or "ipykernel" in sys.modules
     with tqdm(
@@ -334,37 +334,27 @@ def _place(run: Run) -> Path:
     return cache_folder() / "capacity" / f"{run.hash}.parquet"
 
 
-def _read_cached(run: Run) -> pd.DataFrame | None:
-    if not _place(run).is_file():
-        return None
-    try:
-        return load(_place(run))
-    except InputError as error:  # damaged or of another version: made again, and said
-        warnings.warn(f"load_capacity: {error}; training again", stacklevel=3)
-        _place(run).unlink(missing_ok=True)
-        return None
-
-
 def _ensure(run: Run, progress: Callable[[int], object]) -> pd.DataFrame:
-    """Train a run into the cache; two processes that ask at once train it once."""
-    place = _place(run)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(place.with_suffix(".lock")):
-        made = _read_cached(run)
-        if made is not None:
-            progress(run.work)
-        else:
-            checkpoint = place.with_suffix(".checkpoint")
-            began = time.process_time()
-            held = train_run(run, checkpoint, progress)
-            seconds = time.process_time() - began
-            made = _rows(run, held)
-            made.attrs["passport"] = {"run": asdict(run), "cpu_seconds": seconds, **versions()}
-            try:
-                save(made, place, passport=made.attrs["passport"])
-            except OSError as error:  # a full disk must not cost the numbers that are there
-                warnings.warn(f"load_capacity: not cached ({error})", stacklevel=2)
-            checkpoint.unlink(missing_ok=True)
+    """A run's rows, trained into the cache if they are not there."""
+    place, trained = _place(run), []
+
+    def make() -> pd.DataFrame:
+        trained.append(run)
+        checkpoint = place.with_suffix(".checkpoint")
+        began = time.process_time()
+        held = train_run(run, checkpoint, progress)
+        seconds = time.process_time() - began
+        made = _rows(run, held)
+        made.attrs["passport"] = {"run": asdict(run), "cpu_seconds": seconds, **versions()}
+        return made
+
+    def write(made: pd.DataFrame, at: Path) -> None:
+        save(made, at, passport=made.attrs["passport"])
+        place.with_suffix(".checkpoint").unlink(missing_ok=True)
+
+    made = keep(place, make, read=load, write=write, asker="load_capacity", again="training again")
+    if not trained:  # by another process, meanwhile
+        progress(run.work)
     return made
 
 

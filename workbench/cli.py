@@ -84,7 +84,8 @@ def report(
     given = read_pairs(parameter or [])
     found = find_notebooks(notebooks or (), every=every)
     reports = run_reports(found, given, out=out, jobs=jobs)
-    written = [r for r in reports if r.status != "refused"]
+    unwritten = [r for r in reports if r.cause in ("input", "disk")]
+    written = [r for r in reports if r not in unwritten]
     width = max((len(r.name) for r in written), default=0)
     for r in written:
         typer.echo(
@@ -93,15 +94,114 @@ def report(
         )
     if written:
         typer.echo(f"index: {_shortened(out / 'index.html')}")
-    for line in dict.fromkeys(r.error for r in reports if r.status == "refused"):
+    for line in dict.fromkeys(r.error for r in unwritten):
         typer.echo(line, err=True)
-    statuses = {r.status for r in reports}
-    raise typer.Exit(REFUSED if "refused" in statuses else FAILED if "failed" in statuses else 0)
+    failed = any(r.status == "failed" for r in reports)
+    raise typer.Exit(REFUSED if unwritten else FAILED if failed else 0)
 
 
 def _shortened(path: Path) -> str:
     path = path.absolute()
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+@app.command("grid")
+def run_grid_file(
+    file: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="What to make, as YAML.")],
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--out",
+            metavar="FOLDER",
+            help="Where the reports go; without it as the file says.",
+            show_default=False,
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", help="How many to run at once.")] = 1,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--only",
+            metavar="NAME",
+            help="Only these: a report, a notebook, or a pattern such as '*-0'; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    retry: Annotated[
+        str | None,
+        typer.Option(
+            "--retry",
+            metavar="failed",
+            help="Make those again that failed, though nothing changed.",
+            show_default=False,
+        ),
+    ] = None,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="Start others after one has failed.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Make all again.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only tell what would run, and for how long.")
+    ] = False,
+    dask: Annotated[
+        str | None,
+        typer.Option(
+            "--dask",
+            metavar="ADDRESS",
+            help="Run on the workers of this Dask scheduler.",
+            show_default=False,
+        ),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Take a very large grid.")] = False,
+) -> None:
+    """Make many reports: notebooks times parameters, those that are not there yet."""
+    from workbench.grid import describe_run, describe_states, plan_states, read_grid, run_grid
+    from workbench.table import InputError
+
+    if retry not in (None, "failed"):
+        raise InputError(f"grid: --retry is {retry!r}; there is only --retry failed")
+    chosen = {"retry_failed": bool(retry), "force": force}
+    if dry_run:
+        grid = read_grid(file, yes=yes)
+        states = plan_states(grid.only(only or ()), out or grid.out, **chosen)
+        typer.echo(describe_states(states, jobs))
+        return
+    chosen |= {"only": only or (), "keep_going": keep_going, "dask": dask, "yes": yes}
+    table = run_grid(file, out=out, jobs=jobs, **chosen)
+    typer.echo(describe_run(table))
+    site = table.attrs["site"]
+    typer.echo(f"index: {site if '://' in site else _shortened(Path(site))}")
+    statuses = set(table["status"])
+    bad = FAILED if statuses & {"failed", "missing"} else 0
+    raise typer.Exit(REFUSED if "refused" in statuses else bad)
+
+
+@app.command("reproduce")
+def reproduce_report(
+    report: Annotated[Path, typer.Argument(metavar="REPORT", help="Folder of a report.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="Keep the second run.", show_default=False),
+    ] = None,
+    rtol: Annotated[
+        float | None,
+        typer.Option(help="Numbers may differ by this share (1e-5).", show_default=False),
+    ] = None,
+    atol: Annotated[
+        float | None, typer.Option(help="And by this much (1e-8).", show_default=False)
+    ] = None,
+) -> None:
+    """Run a report again and say whether every number agrees."""
+    from workbench.reproduce import ATOL, RTOL, reproduce
+
+    agreement = reproduce(
+        report,
+        out=out,
+        rtol=RTOL if rtol is None else rtol,
+        atol=ATOL if atol is None else atol,
+    )
+    typer.echo("\n".join(agreement.lines))
+    raise typer.Exit(0 if agreement.agrees else FAILED)
 
 
 @app.command("list")
@@ -168,6 +268,70 @@ def _refuse_untrained(corpus: str | None, size: str) -> None:
             f"suite: not trained yet, there is no {folder}; train it by `workbench suite` "
             "without --show"
         )
+
+
+cache = typer.Typer(invoke_without_command=True, help="Show, check and clear what was computed.")
+app.add_typer(cache, name="cache")
+
+
+@cache.callback()
+def show_cache(context: typer.Context) -> None:
+    """Show what was computed once and is kept: how much of what, last used when."""
+    if context.invoked_subcommand is None:
+        from workbench.cache import describe
+
+        typer.echo(describe())
+
+
+@cache.command("clear")
+def clear_cache(
+    kind: Annotated[
+        str,
+        typer.Argument(
+            help="Such as suites, or all; none: what is soon made again (panels, compression).",
+            show_default=False,
+        ),
+    ] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove what is kept, but for what a running process works with."""
+    from workbench.cache import chosen_entries, clear, readable
+    from workbench.table import InputError
+
+    chosen = chosen_entries(kind)
+    size = readable(sum(entry.size for entry in chosen))
+    what = f"{len(chosen)} of {', '.join(sorted({entry.kind for entry in chosen}))} ({size})"
+    if not chosen:
+        typer.echo("cache: there is nothing to remove")
+        return
+    if not yes and not _asked():
+        raise InputError(f"cache: would remove {what}; add --yes")
+    if not yes and not typer.confirm(f"Remove {what}?"):
+        typer.echo("nothing was removed")
+        return
+    gone, left = clear(kind)
+    typer.echo(f"removed {len(gone)} ({readable(sum(entry.size for entry in gone))})")
+    for entry in left:
+        typer.echo(f"in use, not removed: {_shortened(entry.place)}", err=True)
+    raise typer.Exit(FAILED if left else 0)
+
+
+def _asked() -> bool:
+    """Whether there is someone who can answer."""
+    return sys.stdin.isatty()
+
+
+@cache.command("check")
+def check_cache() -> None:
+    """Compare all that is kept with the hashes of what was written."""
+    from workbench.cache import damage, entries
+
+    found = entries()
+    bad = [(e.place, told) for e in found if (told := damage(e.place, thorough=True))]
+    for place, told in bad:
+        typer.echo(f"{_shortened(place)} {told}", err=True)
+    typer.echo(f"{len(found) - len(bad)} of {len(found)} are whole; a damaged one is made again")
+    raise typer.Exit(FAILED if bad else 0)
 
 
 @app.command(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import difflib
 import hashlib
 import io
 import json
@@ -19,8 +20,9 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
@@ -30,9 +32,11 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.integrations.accelerate import load_offloaded_parameter
 
+from workbench.cache import keep_folder
 from workbench.decoding import Decoding, check_schemes, rank_of, true_log_probability
-from workbench.table import InputError, cache_folder, whole_folder
+from workbench.table import InputError, cache_folder
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -53,6 +57,8 @@ GGUF_MAGIC = b"GGUF"  # the file format's first four bytes
 GGUF_GROWTH = 10  # bytes of float32 and of the joined copy for one of a 4-bit file, 20 % spare
 CONVERSION = b"1"  # counted up when a GGUF must be converted anew
 REQUIREMENT = re.compile(r"[\w.-]+")
+# accelerate's ways to spread a model over GPUs, then memory, then disk
+SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 @dataclass
@@ -101,7 +107,17 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.module.parameters()).device
+        """Where ids go in and results come out, also of a model that is spread over several."""
+        first = next(self.module.parameters()).device
+        if first.type == "meta":  # offloaded weights are nowhere until their layer is asked
+            return torch.device(self.module._hf_hook.execution_device)
+        return first
+
+    @property
+    def places(self) -> str:
+        """Every device that holds part of the model, and ``disk``."""
+        spread = getattr(self.module, "hf_device_map", None) or {"": self.device}
+        return ", ".join(sorted({str(place) for place in spread.values()}))
 
     @property
     def vocabulary(self) -> int:
@@ -261,10 +277,20 @@ class LanguageModel:
         return torch.from_numpy(ids[:, :-1].copy()).to(self.device), targets, length
 
     def _hidden(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.module.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = self.module.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden.to(self.device)
 
     def copy(self) -> LanguageModel:
-        """A float32 copy with weights of its own, to be trained while this one stays as it is."""
+        """A float32 copy with weights of its own, to be trained while this one stays as it is.
+
+        Raises:
+            InputError: The model is spread over several devices, which serves for reading only.
+        """
+        if getattr(self.module, "hf_device_map", None):
+            raise InputError(
+                f"copy: {self.run} is spread over {self.places} and can only be scored there; "
+                'to train it, load it with device="cpu" or device="cuda"'
+            )
         return replace(self, module=copy.deepcopy(self.module).float(), _own_head={})
 
     def logits_at(
@@ -290,7 +316,7 @@ class LanguageModel:
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits in float32 of final hidden states, with the architecture's own capping."""
-        logits = self.module.get_output_embeddings()(hidden).float()
+        logits = self.module.get_output_embeddings()(hidden).float().to(self.device)
         cap = getattr(self.module.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -401,6 +427,8 @@ class LanguageModel:
             digest = hashlib.blake2b(digest_size=8)
             for name, tensor in sorted(self.module.state_dict().items()):
                 digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+                if tensor.device.type == "meta":
+                    tensor = load_offloaded_parameter(self.module, name)
                 flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
                 digest.update(memoryview(flat.numpy()))
             self._own_head |= {"seen": seen, "hash": digest.hexdigest()}
@@ -416,6 +444,8 @@ class LanguageModel:
         for name, tensor in self.module.state_dict(keep_vars=True).items():
             written = "?" if tensor.is_inference() else tensor._version
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.data_ptr()}{written}".encode())
+            if tensor.device.type == "meta":
+                continue  # offloaded: nothing writes to it
             flat = tensor.detach().flatten()
             some = flat[:: max(1, len(flat) // WEIGHTS_SAMPLED)].cpu().contiguous()
             digest.update(memoryview(some.view(torch.uint8).numpy()))
@@ -427,7 +457,7 @@ class LanguageModel:
             "model": self.source,
             "revision": self.revision,
             "weights": self.weights_hash(),
-            "device": str(self.device),
+            "device": self.places,
             "dtype": str(self.module.dtype).removeprefix("torch."),
             **versions(),
         }
@@ -506,7 +536,7 @@ def load_model(
     source: str | os.PathLike,
     *,
     revision: str | None = None,
-    device: str | None = None,
+    device: str | Mapping[str, int | str] | None = None,
     dtype: str = "float32",
 ) -> LanguageModel:
     """Load a causal language model and its tokenizer.
@@ -515,14 +545,20 @@ def load_model(
         source: A folder as ``save_pretrained`` writes it, a ``.gguf`` file (converted once into
             the cache), ``pip:NAME`` for a GGUF that an installed package carries, or a hub id.
         revision: Branch, tag or commit of a hub id.
-        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; None takes a GPU if there is one.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; None takes WORKBENCH_DEVICE, else a GPU if
+            there is one. A model that one GPU cannot hold is spread by accelerate: ``auto``,
+            ``balanced`` or ``sequential`` over the GPUs, then memory, then disk, or a map of each
+            module to its place, as a dict or as JSON: ``{"model.layers.0": 0, "lm_head": "disk"}``.
+            It is scored as any other; what trains or edits weights needs one device.
         dtype: ``float32``, ``bfloat16`` or ``float16``. Scores agree to 1e-5 only in float32.
 
     Raises:
         InputError: Nothing there, no weights in it, pickled weights (they can run code and are
-            refused), or a hub id that cannot be reached. Code from the hub is never run.
+            refused), a hub id that cannot be reached (code from the hub is never run), or a
+            device that is not there.
     """
     source = os.fspath(source)
+    device = _device(device)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"load_model: dtype {dtype!r}; choose float32, bfloat16 or float16")
     path = _local(source)
@@ -535,9 +571,11 @@ def load_model(
             "a .gguf file, or a hub id such as EleutherAI/pythia-70m"
         )
     place = str(path) if path.is_dir() else source
-    module, tokenizer = _from_pretrained(place, revision, dtype)
-    module.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-    module.requires_grad_(False)
+    spread = device if isinstance(device, dict) or device in SPREADS else None
+    module, tokenizer = _from_pretrained(place, revision, dtype, spread)
+    if spread is None:
+        module.to(device)
+    module.eval().requires_grad_(False)
     return LanguageModel(
         module=module,
         tokenizer=tokenizer,
@@ -547,6 +585,38 @@ def load_model(
         revision=revision or "",
         bos=bos_of(tokenizer),
     )
+
+
+def _device(given: str | Mapping[str, int | str] | None) -> str | dict[str, int | str]:
+    """A device's name, one of SPREADS, or a map of modules to places."""
+    # where a model lies is a matter of the machine, not of the report: so it can be set outside
+    given = given or os.environ.get("WORKBENCH_DEVICE") or None
+    if given is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if isinstance(given, str) and given.lstrip().startswith("{"):
+        with contextlib.suppress(json.JSONDecodeError):
+            given = json.loads(given)
+    places = [given] if isinstance(given, str) else list(dict(given).values())
+    for place in places:
+        if place in SPREADS if place is given else place == "disk":
+            continue
+        try:
+            found = torch.device(place)
+        except (RuntimeError, TypeError):
+            found = None
+        if found is None or not _is_there(found):
+            there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+            raise InputError(
+                f"load_model: there is no device {place!r} here, there is {', '.join(there)}; give "
+                f"one of them, one of {', '.join(SPREADS)}, or a map of modules to places as JSON"
+            )
+    return given if isinstance(given, str) else dict(given)
+
+
+def _is_there(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return (device.index or 0) < torch.cuda.device_count()
+    return device.type != "mps" or torch.backends.mps.is_available()
 
 
 def _local(source: str) -> Path:
@@ -608,7 +678,7 @@ def _refuse_folder(path: Path) -> None:
     raise InputError(f"load_model: {path} has a config.json but no *.safetensors weights")
 
 
-def _from_pretrained(place: str, revision: str | None, dtype: str):
+def _from_pretrained(place: str, revision: str | None, dtype: str, spread: str | dict | None):
     options = {"revision": revision or "main", "trust_remote_code": False}
     # Trainer's checkpoint folders and the suite's keep the tokenizer one folder up
     places = [Path(place), Path(place).resolve().parent] if Path(place).is_dir() else [place]
@@ -628,6 +698,7 @@ def _from_pretrained(place: str, revision: str | None, dtype: str):
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused by name below, where transformers prints a table
+            device_map=spread,
             **options,
         )
         tokenizer = AutoTokenizer.from_pretrained(str(having[0]), **options)
@@ -643,7 +714,20 @@ def _from_pretrained(place: str, revision: str | None, dtype: str):
             f"({reason}); check the name, the network, or give a local folder"
         ) from error
     _refuse_other_weights(place, found)
+    if isinstance(spread, dict):
+        _refuse_map(place, spread, module)
     return module, tokenizer
+
+
+def _refuse_map(place: str, spread: dict, module: torch.nn.Module) -> None:
+    names = {name for name, _ in module.named_modules()} | {n for n, _ in module.named_parameters()}
+    unknown = sorted(spread.keys() - names)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], sorted(names), n=1, cutoff=0)
+        raise InputError(
+            f"load_model: the device map names {unknown[0]!r}, which {place} does not have "
+            f"(nearest: {near[0]!r})"
+        )
 
 
 def _refuse_other_weights(place: str, found: dict) -> None:
@@ -705,8 +789,6 @@ def _converted(parts: list[Path]) -> Path:
     Two processes that ask at once convert once; one that is killed leaves nothing that is taken
     for a model.
     """
-    from filelock import FileLock
-
     digest = hashlib.blake2b(CONVERSION, digest_size=8)
     for part in parts:
         with part.open("rb") as file:
@@ -716,18 +798,13 @@ def _converted(parts: list[Path]) -> Path:
                 digest.update(block)
     name = f"{parts[0].name.split('.gguf')[0]}-{digest.hexdigest()}"
     target = cache_folder() / "gguf" / name
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        if not target.is_dir():
-            for left_over in target.parent.glob(f".{name}.*"):
-                shutil.rmtree(left_over, ignore_errors=True)  # of a conversion that was killed
-            _refuse_full_disk(target.parent, parts)
-            print(f"converting {name}, once: one to four minutes", file=sys.stderr, flush=True)
-            with whole_folder(target) as folder:
-                _convert(parts, folder)
-    return target
+
+    def make(folder: Path) -> None:
+        _refuse_full_disk(target.parent, parts)
+        print(f"converting {name}, once: one to four minutes", file=sys.stderr, flush=True)
+        _convert(parts, folder)
+
+    return keep_folder(target, make, asker="load_model", again="converting again")
 
 
 def _refuse_full_disk(folder: Path, parts: list[Path]) -> None:
@@ -831,19 +908,40 @@ class Checkpoints:
         return Checkpoints(chosen, run=self.run, options=self._options)
 
     def fingerprint(self) -> str:
-        """BLAKE2 of what the steps are read from: bytes of local weights, hub id and revision."""
+        """BLAKE2 of what the steps are read from.
+
+        Bytes of local weights, configuration and tokenizer; hub id, revision and the commit that
+        is kept on this machine.
+        """
         digest = hashlib.blake2b(repr((self.run, self._options)).encode(), digest_size=12)
         for step, source, revision in self.places:
             digest.update(f"{step}:{revision}".encode())
-            files = sorted(_local(source).glob("*.safetensors"))
-            digest.update(source.encode() if not files else b"")
-            for path in files:
-                with path.open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "blake2b").digest())
+            folder = _local(source)
+            files = sorted(folder.glob("*.safetensors"))
+            if not files:
+                digest.update(f"{source}:{_commit(source, revision)}".encode())
+                continue
+            about = [at / name for at in (folder, folder.parent) for name in TOKENIZER_FILES]
+            for path in [*files, folder / "config.json", *(p for p in about if p.is_file())]:
+                digest.update(_hash_of_file(path, path.stat().st_size, path.stat().st_mtime_ns))
         return digest.hexdigest()
 
     def __repr__(self) -> str:
         return f"Checkpoints(run={self.run!r}, steps={self.steps})"
+
+
+def _commit(source: str, revision: str | None) -> str:
+    """The commit of a hub id that was fetched, empty where none was; the network is not asked."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(source, "config.json", revision=revision or "main")
+    return Path(found).parent.name if isinstance(found, str) else ""
+
+
+@lru_cache(4096)  # a notebook asks several questions of the same files
+def _hash_of_file(path: Path, size: int, changed: int) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").digest()
 
 
 def _shape(folder: Path) -> dict:
@@ -857,9 +955,12 @@ def read_weights(module: torch.nn.Module, folder: Path) -> bool:
     """Copy a folder's safetensors into a module of the same architecture, mapped, not loaded.
 
     Returns:
-        False, with the module unchanged, where the folder's names or shapes are not the module's.
+        False, with the module unchanged, where the folder's names or shapes are not the module's,
+        or part of the module is offloaded.
     """
     here = module.state_dict()
+    if any(tensor.device.type == "meta" for tensor in here.values()):
+        return False
     own = {tensor.data_ptr() for tensor in here.values()}
     # save_pretrained writes some under the architecture's first names (embed_out for lm_head)
     for name, tensor in revert_weight_conversion(module, dict(here)).items():
@@ -895,7 +996,7 @@ def load_checkpoints(
     source: str | os.PathLike,
     *,
     revisions: Sequence[str] | None = None,
-    device: str | None = None,
+    device: str | Mapping[str, int | str] | None = None,
     dtype: str = "float32",
 ) -> Checkpoints:
     """Load the checkpoints of one run; a single model is a run of one checkpoint.
@@ -904,6 +1005,9 @@ def load_checkpoints(
         source: A folder of ``step*/`` or ``checkpoint-*/`` folders, a model folder, a GGUF file,
             or a hub id.
         revisions: Of a hub id: names that end in the step, such as ``step1000``.
+        device: As in :func:`load_model`; where part of the model is offloaded (memory, disk),
+            each step is loaded anew.
+        dtype: As in :func:`load_model`.
 
     Raises:
         InputError: As :func:`load_model`, or two folders of one step.

@@ -13,7 +13,10 @@ import hashlib
 import json
 import math
 import re
+import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from urllib.parse import quote
 
@@ -22,7 +25,13 @@ from workbench.table import METRICS, Metric
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 PLOTLY = "application/vnd.plotly.v1+json"
 THUMBNAIL = "thumbnail.json"
+FIGURES = "figures.js"
+NUMBERS = ("value", "lo", "hi", "floor_lo", "floor_hi")  # of a key number
+COMPARED = ("label", "value", "interval", "unit", "n", "reason", "numbers")  # of a key number
+STATUSES = ("ok", "failed", "refused", "broken", "missing")
+KEY_COLUMNS = 40  # key numbers in the index; labels that hold a value would make one a report
 THUMBNAIL_POINTS = 120  # a line of 340 px shows no more
+INJECTED = "injected-parameters"  # papermill's tag for the cell it puts in
 # markers that Markdown leaves alone, from Unicode's private use area
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _MATH = re.compile(
@@ -53,15 +62,15 @@ def report_page(notebook, about: Mapping, *, key, measures, parameters, passport
     figures = _take_figures(notebook)
     formulas = _take_formulas(notebook)
     cells = _put_formulas(_cells(notebook), formulas)
-    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     return _render(
         "report.html.j2",
         figures,
-        script,
+        _script("report.js"),
         {
             "style": _style() + _highlight_style(),
             "cells": cells,
             "about": about,
+            "reproduce": shlex.join(["workbench", "reproduce", about["name"]]),
             "failed_cell": 'id="failure"' in cells,
             "key": key,
             "measures": measures,
@@ -72,52 +81,149 @@ def report_page(notebook, about: Mapping, *, key, measures, parameters, passport
     )
 
 
-def index_page(entries: Sequence[Mapping], thumbnails: Mapping[str, Mapping]) -> str:
-    """The HTML of the list of reports.
+def index_page(
+    entries: Sequence[Mapping],
+    thumbnails: Mapping[str, Mapping],
+    *,
+    varying: Sequence[str] = (),
+    compare: str = "",
+    combined: str = "",
+    notes: Sequence[str] = (),
+) -> str:
+    """The HTML of the list of reports: cards where each is of another notebook, else a table.
 
     Args:
-        entries: One per report, as ``report.write_index`` makes them; ``figure`` is a key of
-            ``thumbnails`` or empty.
+        entries: One per report, as ``site`` makes them; ``figure`` is a key of ``thumbnails`` or
+            empty.
         thumbnails: Figures as :func:`thumbnail` makes them.
+        varying: Names of the parameters that differ between reports of one notebook.
+        compare: Address of the comparison page, or empty.
+        combined: Address of the table of all tables, or empty.
+        notes: What the reader has to know about the whole folder.
     """
-    script = (TEMPLATES / "index.js").read_text(encoding="utf-8")
-    failed = sum(entry["status"] == "failed" for entry in entries)
-    fields = {"style": _style(), "entries": entries, "failed": failed}
-    return _render("index.html.j2", thumbnails, script, fields)
+    notebooks = dict.fromkeys(entry["notebook"] for entry in entries)
+    table = is_table(entries)
+    labels = Counter(row["label"] for entry in entries for row in entry["key"])
+    first_seen = {label: nth for nth, label in enumerate(labels)}
+    kept = sorted(labels, key=lambda label: (-labels[label], first_seen[label]))[:KEY_COLUMNS]
+    grids = dict.fromkeys(entry["grid"] for entry in entries)
+    counts = Counter(entry["status"] for entry in entries)
+    fields = {
+        "style": _style(),
+        "entries": [
+            {**entry, "by_label": {row["label"]: row for row in entry["key"]}} for entry in entries
+        ],
+        "table": table,
+        "columns": _columns(varying, sorted(kept, key=first_seen.get), notebooks, grids),
+        "left_out": len(labels) - len(kept) if table else 0,
+        "counts": {name: counts[name] for name in STATUSES[1:] if counts[name]},
+        "compare": compare,
+        "combined": combined,
+        "notes": notes,
+    }
+    return _render("index.html.j2", {} if table else thumbnails, _script("index.js"), fields)
 
 
-def _render(template: str, figures: Mapping, script: str, fields: Mapping[str, object]) -> str:
+def is_table(entries: Sequence[Mapping]) -> bool:
+    """Whether the index is a table: several reports of one notebook are read side by side."""
+    return len({entry["notebook"] for entry in entries}) < len(entries)
+
+
+def _columns(varying, labels, notebooks, grids) -> list[dict]:
+    """The columns of the index, left to right; ``filter`` says which offer their values."""
+    columns = [{"kind": "name", "name": "report", "filter": False}]
+    if len(notebooks) > 1:
+        columns.append({"kind": "notebook", "name": "notebook", "filter": True})
+    columns.append({"kind": "status", "name": "status", "filter": True})
+    if len(grids) > 1:
+        columns.append({"kind": "grid", "name": "grid", "filter": True})
+    columns += [{"kind": "parameter", "name": name, "filter": True} for name in varying]
+    columns.append({"kind": "seconds", "name": "duration", "filter": False})
+    columns.append({"kind": "files", "name": "files", "filter": False})
+    columns += [{"kind": "key", "name": label, "filter": False} for label in labels]
+    columns.append({"kind": "started", "name": "started", "filter": False})
+    return columns
+
+
+def compare_page(entries: Sequence[Mapping], varying: Mapping[str, Sequence[str]]) -> str:
+    """The HTML of the comparison page; it loads the figures of the reports that are looked at.
+
+    Args:
+        entries: As for :func:`index_page`; ``script`` is the address of ``figures.js`` or empty.
+        varying: By notebook the names of the parameters that differ between its reports.
+    """
+    reports = [
+        {
+            **{name: entry[name] for name in ("name", "link", "script", "notebook", "status")},
+            "error": entry["error"],
+            "values": {
+                name: entry["parameters"][name]
+                for name in varying[entry["notebook"]]
+                if name in entry["parameters"]
+            },
+            "key": [{name: row[name] for name in COMPARED} for row in entry["key"]],
+        }
+        for entry in entries
+        if entry["notebook"] in varying
+    ]
+    titles = {entry["notebook"]: entry["title"] for entry in entries if entry["title"]}
+    notebooks = {
+        name: {"title": titles.get(name, name), "varying": list(names)}
+        for name, names in varying.items()
+    }
+    data = {"notebooks": notebooks, "reports": reports}
+    return _render("compare.html.j2", data, _script("compare.js"), {"style": _style()}, loads=True)
+
+
+def _script(name: str) -> str:
+    """One of our scripts, after what several of them share."""
+    return "".join((TEMPLATES / part).read_text(encoding="utf-8") for part in ("shared.js", name))
+
+
+def _render(
+    template: str, data: Mapping, script: str, fields: Mapping[str, object], *, loads: bool = False
+) -> str:
+    """A page with its data as JSON, and plotly.js where there is anything to draw.
+
+    Args:
+        data: Figures by the id of their element, or what else the script reads.
+        loads: Whether the page may load scripts that lie beside it.
+    """
     import jinja2
 
     loader = jinja2.FileSystemLoader(TEMPLATES)
     environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     plotly = ""
-    if figures:
+    if data:
         from plotly.offline import get_plotlyjs
 
         plotly = get_plotlyjs()
     return environment.get_template(template).render(
         {
             **fields,
-            "figures": _script_json(figures),
+            "data": _script_json(data),
             "plotly": plotly,
             "script": script,
-            "policy": _policy(plotly, script),
+            "policy": _policy(plotly, script, loads=loads),
         }
     )
 
 
-def _policy(*scripts: str) -> str:
-    """A Content-Security-Policy under which these scripts run and nothing else does or loads."""
+def _policy(*scripts: str, loads: bool = False) -> str:
+    """A Content-Security-Policy under which these scripts run and nothing else does or loads.
+
+    With ``loads`` scripts from the page's own place run too: of a page in a folder, other files.
+    """
     hashes = [
         f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'"
         for s in scripts
     ]
+    own = " 'self'" if loads else ""
     # plotly's WebGL traces compile their shaders' glue by Function(), hence unsafe-eval
     return (
-        f"default-src 'none'; script-src 'unsafe-eval' {' '.join(hashes)}; "
+        f"default-src 'none'; script-src 'unsafe-eval' {' '.join(hashes)}{own}; "
         "style-src 'unsafe-inline'; img-src data: blob:; font-src data:; media-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
@@ -237,6 +343,7 @@ def key_rows(key: Sequence[Mapping]) -> list[dict]:
             "metric": row["metric"],
             "where": f"{row['run']}, step {row['step']:,}" if "run" in row else "",
             "reason": row["reason"] if row["value"] is None else "",
+            "numbers": [row.get(name) for name in NUMBERS],
         }
         for row in key
     ]
@@ -327,6 +434,25 @@ def thumbnail(notebook) -> dict | None:
     return {"data": [_thin(trace) for trace in figure.get("data", [])], "layout": layout}
 
 
+def figures_script(notebook) -> str:
+    """What ``figures.js`` holds: all figures of an executed notebook, for the page that compares.
+
+    A page opened from a folder may read no file, but it may load a script; so the figures are
+    the argument of one call. A figure's name says in which cell it stands, the cell of injected
+    parameters left out, so that it is the same in each report of a notebook.
+    """
+    figures, index = {}, 0
+    for cell in notebook.cells:
+        if INJECTED in cell.metadata.get("tags", []):
+            continue
+        found = [o["data"][PLOTLY] for o in cell.get("outputs", []) if PLOTLY in o.get("data", {})]
+        for nth, figure in enumerate(found, start=1):
+            parts = {"data": figure.get("data", []), "layout": figure.get("layout", {})}
+            figures[f"cell-{index}-{nth}"] = parts
+        index += 1
+    return f"workbenchFigures(document.currentScript, {_script_json(figures)});\n"
+
+
 def _thin(trace: Mapping) -> dict:
     """A trace with rounded numbers, every so-manieth point, and no hover texts."""
     hover = ("text", "hovertext", "hovertemplate", "customdata", "ids", "meta", "name")
@@ -374,6 +500,23 @@ def _decode(array: Mapping) -> list:
     if "shape" in array:
         flat = flat.reshape([int(part) for part in str(array["shape"]).split(",")])
     return flat.tolist()
+
+
+def for_page(about: Mapping) -> dict:
+    """A status as the pages show it."""
+    started = datetime.fromisoformat(about["started"])
+    return dict(about) | {
+        "started": f"{started:%Y-%m-%d %H:%M} UTC",
+        "duration": seconds(about["seconds"]),
+        "given": {name: shown(value) for name, value in about["given"].items()},
+        "parameters": {name: shown(value) for name, value in about["parameters"].items()},
+        "values": dict(about["parameters"]),
+    }
+
+
+def shown(value) -> str:
+    """A parameter's value as a page shows it."""
+    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
 
 
 def link(*parts: str) -> str:

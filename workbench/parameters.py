@@ -88,6 +88,10 @@ class Notebook:
             **{p.name: (p.type, p.default) for p in self.parameters},
         )
 
+    def __getstate__(self) -> dict:
+        # a pydantic model cannot be pickled, and is made again where it is needed
+        return {name: value for name, value in self.__dict__.items() if name != "model"}
+
     def check(self, given: Mapping[str, object]) -> tuple[dict, dict]:
         """Settle the values given: texts are read as their parameter's type.
 

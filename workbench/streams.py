@@ -309,7 +309,12 @@ def _padded(tokens) -> Int[np.ndarray, "item next"]:
 
 
 ASKED = Question(
-    asker="train_stream", start=1, keep=("log_probability", "guess"), settings={}, reduce=_reduce
+    asker="train_stream",
+    start=1,
+    keep=("log_probability", "guess"),
+    settings={},
+    reduce=_reduce,
+    cached=False,
 )
 
 

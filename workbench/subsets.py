@@ -12,6 +12,8 @@ import hashlib
 import json
 import shutil
 import sys
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from workbench.cache import damage, damaged, hold, locked, seal, touch
 from workbench.suite import Architecture, Specification, Suite, new_module, save_step
 from workbench.table import InputError, cache_folder, whole_file, whole_folder
 
@@ -79,21 +82,39 @@ def load_subsets(suite: Suite, *, runs: int = 16, progress: bool = True) -> Subs
             f"load_subsets: runs is {runs}, but must be even and at least 4, so that every item is "
             "in two runs and out of two"
         )
-    from filelock import FileLock
-
     key = json.dumps({"suite": suite.path.name, "version": VERSION, "lags": LAGS})
     name = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
     folder = cache_folder() / "subsets" / name
     names = tuple(f"subset-{number:02d}" for number in range(runs))
-    if not all((folder / run).is_dir() for run in names):
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / f"{name}.lock"):
+    hold(folder)
+    if damage(folder) or _lacking(folder, names):
+        with locked(folder, "load_subsets"):
+            folder.mkdir(parents=True, exist_ok=True)
             for left_over in folder.glob(".subset-*"):
                 shutil.rmtree(left_over, ignore_errors=True)  # of a call that was killed
+            _remove_damaged(folder)
             _prepare(suite, folder)
             # again: another process may have trained them while this one waited
-            _train(suite, folder, [run for run in names if not (folder / run).is_dir()], progress)
+            if lacking := _lacking(folder, names):
+                _train(suite, folder, lacking, progress)
+            seal(folder)
+    touch(folder)
     return Subsets(folder, corpus=suite.corpus, runs=names)
+
+
+def _lacking(folder: Path, names: Sequence[str]) -> list[str]:
+    return [run for run in names if not (folder / run).is_dir()]
+
+
+def _remove_damaged(folder: Path) -> None:
+    """Remove the runs that are not what was trained; what lies beside them is written anew."""
+    for run in sorted({name.split("/")[0] for name in damaged(folder)}):
+        if (folder / run).is_dir():
+            warnings.warn(
+                f"load_subsets: {folder / run} is not what was written; training again",
+                stacklevel=3,
+            )
+            shutil.rmtree(folder / run)
 
 
 def draw_subset(number: int, *, pairs: int, seed: int) -> np.ndarray:

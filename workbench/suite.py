@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from workbench.cache import keep_folder
 from workbench.items import make_biographies, make_canaries
-from workbench.table import InputError, cache_folder, whole_folder
+from workbench.table import InputError, cache_folder
 
 VERSION = 1  # raise it when the same specification gives other numbers
 KINDS = ("canary", "biography", "passage")
@@ -185,19 +186,12 @@ def ensure_suite(
     """
     spec = specification(corpus, size)
     target = cache_folder() / "suites" / spec.hash
-    if (target / "spec.json").is_file():
-        return target
-    from filelock import FileLock
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.parent / f"{spec.hash}.lock"):
-        if not (target / "spec.json").is_file():
-            for left_over in target.parent.glob(f".{spec.hash}.*"):
-                shutil.rmtree(left_over, ignore_errors=True)  # of a run that was killed
-            _refuse_full_disk(target.parent, spec)
-            with whole_folder(target) as folder:
-                _make(folder, spec, corpus, progress)
-    return target
+    def make(folder: Path) -> None:
+        _refuse_full_disk(target.parent, spec)
+        _make(folder, spec, corpus, progress)
+
+    return keep_folder(target, make, asker="load_suite", again="training again")
 
 
 def _refuse_full_disk(folder: Path, spec: Specification) -> None:

@@ -1,23 +1,29 @@
 """One pass over checkpoints and items: what the probes that need only scores have in common.
 
 Each checkpoint is read once into the same module, each item is scored once at each, and a batch
-is reduced to measurements before the next one is scored. A sweep over a series of checkpoints is
-kept in the cache under the hash of weights, items and settings.
+is reduced to measurements before the next one is scored. The panel of a model or a series of
+checkpoints is kept in the cache under the hash of weights, items, settings and the code that made
+it, so that notebooks and processes share it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from types import FunctionType
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
+import workbench.decoding
+import workbench.items
+import workbench.models
+from workbench.cache import keep
 from workbench.decoding import Decoding
 from workbench.items import items_hash
 from workbench.models import Checkpoints, LanguageModel, Scores, versions
@@ -33,6 +39,14 @@ COORDINATES = (
     "lag",
     "position",
 )  # of an items frame that ride along
+# beside a probe's own code, what its numbers are made by
+MAKERS = (
+    workbench.models.__file__,
+    workbench.decoding.__file__,
+    workbench.items.__file__,
+    __file__,
+)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 Reduce = Callable[[Scores, Sequence[Int[np.ndarray, " pos"]], Int[np.ndarray, " item"]], Mapping]
 
 
@@ -48,6 +62,9 @@ class Question:
         reduce: (scores, tokens, positions among all items) to a value per item and metric; the key
             is the metric, or a pair of metric and scheme, which is then a coordinate.
         schemes: Sampling schemes under which the tokens are scored as well.
+        also: What else ``reduce`` depends on, as a hash for the cache; settings and tokens are
+            known, but what it takes from elsewhere is not.
+        cached: Whether the panel is kept; not where a model in training is asked once.
     """
 
     asker: str
@@ -56,6 +73,8 @@ class Question:
     settings: Mapping[str, int | float]
     reduce: Reduce
     schemes: tuple[Decoding, ...] = ()
+    also: str = ""
+    cached: bool = True
 
 
 def sweep(
@@ -76,25 +95,134 @@ def sweep(
         The table, with one row for each (step, item, metric), the question's settings and the
         items' usual further columns as coordinates. ``.attrs`` holds the passport and ``dropped``.
     """
-    checkpoints = list(source.steps) if isinstance(source, Checkpoints) else [source.step]
     if isinstance(source, Checkpoints):
-        place = _cached(source, items, question)
-        table = _read_cached(place)
-        if table is not None:
-            return table
+        asked = None  # a panel that is cached is found without reading a model
+        who = source.fingerprint()
+    else:
+        asked = cut(source, items)
+        who = state(source, asked[0]) if question.cached else ""
+
+    def make() -> pd.DataFrame:
+        return _sweep(source, items, cut, question, asked)
+
+    code = code_hash(question.reduce)
+    if not (question.cached and who and code):
+        return make()
+    key = {
+        "settings": dict(question.settings),
+        "start": question.start,
+        "keep": question.keep,
+        "schemes": [repr(scheme) for scheme in question.schemes],
+        "also": question.also,
+        "code": code,
+    }
+    return _kept(question.asker, who, items, key, make)
+
+
+def panel(
+    asker: str,
+    model: LanguageModel,
+    tokens: Sequence[Int[np.ndarray, " pos"]],
+    items: pd.DataFrame,
+    settings: Mapping,
+    make: Callable[[], pd.DataFrame],
+) -> pd.DataFrame:
+    """The table of a probe that needs more than scores, from the cache or made now.
+
+    Args:
+        asker: The probe's name.
+        model, tokens, items: What is asked about what.
+        settings: All else that the numbers depend on; what JSON holds.
+        make: A function of the probe's own file that gives the table, with ``passport`` and
+            ``dropped`` in its ``.attrs``; other attributes are not kept.
+    """
+    who, code = state(model, tokens), code_hash(make)
+    if not (who and code):
+        return make()
+    return _kept(asker, who, items, dict(settings) | {"code": code}, make)
+
+
+def _kept(asker: str, who: str, items: pd.DataFrame, settings: dict, make) -> pd.DataFrame:
+    rides = [c for c in COORDINATES if c in items.columns]
+    key = {
+        "asker": asker,
+        "settings": settings,
+        "items": items_hash(items),
+        "rides": hashlib.blake2b(items[rides].to_csv().encode(), digest_size=8).hexdigest(),
+        "weights": who,
+        "versions": versions(),
+    }
+    text = json.dumps(key, sort_keys=True)
+    digest = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+    return keep(
+        cache_folder() / "panels" / f"{asker}-{digest}.parquet",
+        make,
+        read=_read,
+        write=_write,
+        asker=asker,
+        again="scoring again",
+    )
+
+
+def state(model: LanguageModel, tokens: Sequence) -> str:
+    """Hash of all that a model's answers about these tokens depend on, empty where it is not known.
+
+    It is not known of a module with hooks or a forward pass of its own, one in training, and one
+    that was made by hand: what these compute their weights do not say.
+    """
+    module = model.module
+    if not model.source or module.training or not hasattr(module.config, "to_dict"):
+        return ""
+    for each in module.modules():
+        # accelerate, which moves the inputs of layers and no more, puts its own forward pass there
+        patched = "forward" in vars(each) and not hasattr(each, "_hf_hook")
+        if patched or any(getattr(each, name) for name in HOOKS):
+            return ""
+    about = module.config.to_dict()
+    about.pop("_name_or_path", None)
+    # the table says run and step, its passport the source
+    told = [model.run, model.step, model.source, model.revision, model.bos, about]
+    told += [str(model.device), str(module.dtype)]
+    digest = hashlib.blake2b(model.weights_hash().encode(), digest_size=12)
+    digest.update(json.dumps(told, sort_keys=True, default=str).encode())
+    for each in tokens:
+        digest.update(len(each).to_bytes(8, "little"))
+        digest.update(np.ascontiguousarray(each, dtype=np.int64))
+    return digest.hexdigest()
+
+
+def code_hash(made_by: Callable) -> str:
+    """Hash of the code that makes a panel's numbers, so that a change of it is a change of them.
+
+    Empty where the function stands in no file (a notebook's cell).
+    """
+    made_by = getattr(made_by, "func", made_by)  # of a partial
+    if not isinstance(made_by, FunctionType) or not Path(made_by.__code__.co_filename).is_file():
+        return ""
+    return _hash_of_files((made_by.__code__.co_filename, *MAKERS))
+
+
+@cache
+def _hash_of_files(names: tuple[str, ...]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for name in names:
+        digest.update(Path(name).read_bytes())
+    return digest.hexdigest()
+
+
+def _sweep(source, items, cut, question: Question, asked) -> pd.DataFrame:
+    checkpoints = list(source.steps) if isinstance(source, Checkpoints) else [source.step]
     parts: list[dict[str, Float[np.ndarray, " item"]]] = []
-    tokens = kept = None
     for model in source if isinstance(source, Checkpoints) else [source]:
-        if tokens is None:
-            tokens, kept = cut(model, items)
-        parts.append(_ask(model, tokens, question))
+        if asked is None:
+            asked = cut(model, items)
+        parts.append(_ask(model, asked[0], question))
+    kept = asked[1]
     table = _assemble(parts, checkpoints, kept, model.run, question)
     table.attrs = {
         "passport": {**model.passport(), "items": items_hash(items), "steps": checkpoints},
         "dropped": kept.attrs.get("dropped", 0),
     }
-    if isinstance(source, Checkpoints):
-        _write_cached(table, place)
     return table
 
 
@@ -158,42 +286,14 @@ def _assemble(parts, steps, kept, run, question) -> pd.DataFrame:
     return validate(pd.DataFrame(columns | dict(question.settings)))
 
 
-def _cached(source: Checkpoints, items: pd.DataFrame, question: Question) -> Path:
-    rides = [c for c in COORDINATES if c in items.columns]
-    key = {
-        "asker": question.asker,
-        "start": question.start,
-        "settings": dict(question.settings),
-        "keep": question.keep,
-        **({"schemes": [repr(scheme) for scheme in question.schemes]} if question.schemes else {}),
-        "items": items_hash(items),
-        "rides": hashlib.blake2b(items[rides].to_csv().encode(), digest_size=8).hexdigest(),
-        "weights": source.fingerprint(),
-        "versions": versions(),
-    }
-    digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=12)
-    return cache_folder() / "panels" / f"{question.asker}-{digest.hexdigest()}.parquet"
-
-
-def _read_cached(place: Path) -> pd.DataFrame | None:
-    if not place.is_file():
-        return None
-    try:
-        table = load(place)
-    except InputError as error:  # damaged or of another version: made again, and said
-        warnings.warn(f"sweep: {error}; scoring again", stacklevel=2)
-        return None
-    passport = table.attrs["passport"]
-    table.attrs = {"passport": passport["sweep"], "dropped": passport["dropped"]}
+def _read(place: Path) -> pd.DataFrame:
+    table = load(place)
+    about = table.attrs["passport"]
+    table.attrs = {"passport": about["sweep"], "dropped": about["dropped"]}
     return table
 
 
-def _write_cached(table: pd.DataFrame, place: Path) -> None:
-    try:
-        save(
-            table,
-            place,
-            passport={"sweep": table.attrs["passport"], "dropped": table.attrs["dropped"]},
-        )
-    except OSError as error:  # a full disk must not cost the numbers that are there
-        warnings.warn(f"sweep: not cached ({error})", stacklevel=2)
+def _write(table: pd.DataFrame, place: Path) -> None:
+    save(
+        table, place, passport={"sweep": table.attrs["passport"], "dropped": table.attrs["dropped"]}
+    )

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +24,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from workbench.cache import keep_folder
 from workbench.items import FIELDS, TOWNS, TRADES, load_items, make_biographies
 from workbench.suite import Suite, save_step
-from workbench.table import InputError, cache_folder, whole_folder
+from workbench.table import InputError, cache_folder
 
 CLOSED, NEVER, OPEN = "closed_book", "closed_book_never", "open_book"
 TASKS = (CLOSED, NEVER, OPEN, "arithmetic", "copy", "pattern", "counting")
@@ -394,8 +394,6 @@ def teach_tasks(
         InputError: A task that is not taught, no update, a task none of whose items the context
             holds, or a loss that is not finite.
     """
-    from filelock import FileLock
-
     from workbench.models import load_model
 
     for name in tasks:
@@ -412,13 +410,12 @@ def teach_tasks(
     digest = hashlib.blake2b(json.dumps(told).encode(), digest_size=8).hexdigest()
     target = cache_folder() / "taught" / digest
     last = suite.spec["steps"][-1]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        if not target.is_dir():
-            for left_over in target.parent.glob(f".{digest}.*"):
-                shutil.rmtree(left_over, ignore_errors=True)  # of a run that was killed
-            with whole_folder(target) as folder:
-                _teach(folder, suite, told, suite.checkpoints(run).at(last), progress)
+    keep_folder(
+        target,
+        lambda folder: _teach(folder, suite, told, suite.checkpoints(run).at(last), progress),
+        asker="teach_tasks",
+        again="teaching again",
+    )
     model = load_model(target / f"step{last + updates:06d}")
     return replace(model, run=f"{run}, taught")
 

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 
+from workbench.cache import locked, look, remove, store
 from workbench.items import cut_items, items_hash
 from workbench.models import LanguageModel, versions
 from workbench.table import InputError, cache_folder, rows, validate, whole_file
@@ -95,10 +96,11 @@ def probe_compression(
     with _bar(len(tokens) * budget, progress) as bar:
         for goal in tokens:
             place = _place(key, goal)
-            state = _read(place, len(goal))
-            bar.update(min(state["step"], budget))
-            for _ in _search(model, goal, state, budget, settings, place):
-                bar.update()
+            with locked(place, "probe_compression"):
+                state = _read(place, len(goal))
+                bar.update(min(state["step"], budget))
+                for _ in _search(model, goal, state, budget, settings, place):
+                    bar.update()
             bar.update(budget - min(state["step"], budget))
             found.append([prompt for step, prompt in state["found"] if step <= budget])
     table = _rows(model, kept, found, target, budget)
@@ -259,21 +261,29 @@ def _place(key: dict, goal) -> Path:
 
 
 def _read(place: Path, target: int) -> dict:
-    if place.is_file():
-        try:
-            return json.loads(place.read_text(encoding="utf-8"))
-        except ValueError as error:  # damaged: begun again, and said
-            warnings.warn(
-                f"probe_compression: {place} cannot be read ({error}); searching again",
-                stacklevel=3,
-            )
+    state, reason = look(place, _parse)
+    if reason:
+        warnings.warn(f"probe_compression: {place} {reason}; searching again", stacklevel=3)
+        remove(place)
+    if state:
+        return state
     first = {"step": 0, "length": min(FIRST, target), "tried": 0, "prompt": None, "loss": None}
     return first | {"found": [], "done": False}
 
 
+def _parse(place: Path) -> dict:
+    try:
+        return json.loads(place.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
 def _save(state: dict, place: Path) -> None:
-    with whole_file(place) as temporary:
-        temporary.write_text(json.dumps(state))
+    def write(at: Path) -> None:
+        with whole_file(at) as temporary:
+            temporary.write_text(json.dumps(state))
+
+    store(place, write, asker="probe_compression")
 
 
 def _bar(total: int, progress: bool):

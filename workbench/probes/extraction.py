@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from workbench.decoding import Decoding, check_schemes
 from workbench.items import check_items, cut_items, items_hash
 from workbench.models import Checkpoints, LanguageModel
-from workbench.sweep import COORDINATES, Question, sweep
+from workbench.sweep import COORDINATES, Question, panel, sweep
 from workbench.table import InputError, rows, validate
 
 SCHEMES = (Decoding.greedy(), Decoding(temperature=0.7), Decoding(), Decoding(top_k=40))
@@ -286,14 +286,19 @@ def probe_continuation(
     _at_least_one("probe_continuation", prefix=prefix, suffix=suffix)
     cut, settings = _suffix_of(prefix, suffix, suffix_at, "probe_continuation")
     tokens, kept = cut(model, items)
-    truth, said = tokens[:, prefix:], model.generate(tokens[:, :prefix], suffix)
-    values = {
-        "extractable": (said == truth).all(axis=1),
-        "memorization_score": (said == truth).mean(axis=1),
-        "edit_similarity": [edit_similarity(*pair) for pair in zip(said, truth, strict=True)],
-        "bleu": [bleu(*pair) for pair in zip(said, truth, strict=True)],
-    }
-    return _item_rows(model, kept, values, settings, f"a suffix of {suffix} tokens has no 4-grams")
+
+    def make() -> pd.DataFrame:
+        truth, said = tokens[:, prefix:], model.generate(tokens[:, :prefix], suffix)
+        values = {
+            "extractable": (said == truth).all(axis=1),
+            "memorization_score": (said == truth).mean(axis=1),
+            "edit_similarity": [edit_similarity(*pair) for pair in zip(said, truth, strict=True)],
+            "bleu": [bleu(*pair) for pair in zip(said, truth, strict=True)],
+        }
+        short = f"a suffix of {suffix} tokens has no 4-grams"
+        return _item_rows(model, kept, values, settings, short)
+
+    return panel("probe_continuation", model, tokens, items, settings, make)
 
 
 def probe_cdd(
@@ -341,11 +346,16 @@ def probe_cdd(
             "probe_cdd: greedy samples are all alike; give a temperature above 0, such as 0.8"
         )
     tokens, kept = cut_items(model, items, prefix, asker="probe_cdd")
-    greedy = model.generate(tokens, suffix)
-    drawn = model.generate(tokens, suffix, decoding=decoding, samples=samples, seed=seed)
-    value = [peakedness(*pair, alpha) for pair in zip(drawn, greedy, strict=True)]
     settings = {"prefix": prefix, "suffix": suffix, "samples": samples, "alpha": alpha}
-    return _item_rows(model, kept, {"cdd": value}, settings | {"scheme": decoding.name})
+
+    def make() -> pd.DataFrame:
+        greedy = model.generate(tokens, suffix)
+        drawn = model.generate(tokens, suffix, decoding=decoding, samples=samples, seed=seed)
+        value = [peakedness(*pair, alpha) for pair in zip(drawn, greedy, strict=True)]
+        return _item_rows(model, kept, {"cdd": value}, settings | {"scheme": decoding.name})
+
+    drawn_by = {"decoding": repr(decoding), "seed": seed}
+    return panel("probe_cdd", model, tokens, items, settings | drawn_by, make)
 
 
 def _item_rows(model, kept, values: dict, settings: dict, undefined: str = "") -> pd.DataFrame:

@@ -7,6 +7,7 @@ import pandas as pd
 
 from workbench.items import cut_items, items_hash
 from workbench.models import LanguageModel
+from workbench.sweep import panel
 from workbench.table import InputError, rows, validate
 
 
@@ -36,20 +37,24 @@ def probe_guesses(
         if value < 1:
             raise InputError(f"probe_guesses: {name} is {value}, but must be at least 1")
     tokens, kept = cut_items(model, items, prefix + suffix, asker="probe_guesses")
-    prompts, truth = tokens[:, :prefix], tokens[:, prefix:]
-    said = model.generate(prompts, suffix)
-    scores = model.score(np.concatenate([prompts, said], axis=1), start=prefix)
-    value = {
-        "guess_log_probability": scores.log_probability.sum(axis=1, dtype=np.float64),
-        "extractable": (said == truth).all(axis=1).astype(float),
-    }
-    beside = {"prefix": prefix, "suffix": suffix}
-    beside |= {name: kept[name] for name in ("kind", "cohort", "dose") if name in kept}
-    where = {"run": model.run, "step": model.step, "group": kept["group"], "item": kept["item"]}
-    parts = [rows(metric, each, beside=beside, **where) for metric, each in value.items()]
-    table = validate(pd.concat(parts, ignore_index=True))
-    table.attrs = {
-        "passport": {**model.passport(), "items": items_hash(items)},
-        "dropped": kept.attrs["dropped"],
-    }
-    return table
+    settings = {"prefix": prefix, "suffix": suffix}
+
+    def make() -> pd.DataFrame:
+        prompts, truth = tokens[:, :prefix], tokens[:, prefix:]
+        said = model.generate(prompts, suffix)
+        scores = model.score(np.concatenate([prompts, said], axis=1), start=prefix)
+        value = {
+            "guess_log_probability": scores.log_probability.sum(axis=1, dtype=np.float64),
+            "extractable": (said == truth).all(axis=1).astype(float),
+        }
+        beside = settings | {n: kept[n] for n in ("kind", "cohort", "dose") if n in kept}
+        where = {"run": model.run, "step": model.step, "group": kept["group"], "item": kept["item"]}
+        parts = [rows(metric, each, beside=beside, **where) for metric, each in value.items()]
+        table = validate(pd.concat(parts, ignore_index=True))
+        table.attrs = {
+            "passport": {**model.passport(), "items": items_hash(items)},
+            "dropped": kept.attrs["dropped"],
+        }
+        return table
+
+    return panel("probe_guesses", model, tokens, items, settings, make)

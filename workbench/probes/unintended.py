@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,6 +103,7 @@ def _log2_probability(model: LanguageModel, items: pd.DataFrame, spans: Sequence
             keep=("log_probability",),
             settings={},
             reduce=reduce,
+            also=hashlib.blake2b(start.astype(np.int64).tobytes(), digest_size=8).hexdigest(),
         ),
     )
 

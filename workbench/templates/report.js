@@ -1,18 +1,9 @@
 (function () {
-  const figures = JSON.parse(document.getElementById("figures").textContent);
+  const figures = data();
   const width = document.documentElement.clientWidth;
   const narrow = width < 700;
 
-  // plotly does not break long titles, and a legend beside the plot leaves a phone no plot
-  function fold(text, columns) {
-    const lines = [""];
-    for (const word of text.split(" ")) {
-      const last = lines[lines.length - 1];
-      if (last && (last + " " + word).length > columns) lines.push(word);
-      else lines[lines.length - 1] = last ? last + " " + word : word;
-    }
-    return lines.join("<br>");
-  }
+  // a legend beside the plot leaves a phone no plot
   function fit(layout) {
     delete layout.width;
     layout.autosize = true;
