@@ -79,7 +79,7 @@ def test_a_grid_by_hand(here):
         ("demo", {"rate": 0.001, "model": "./c"}),
     ]
     assert [plan.name for plan in grid.plans] == [
-        "demo-a-0", "demo-a-1", "demo-b-0", "demo-c-9",
+        "demo-a-seed-0", "demo-a-seed-1", "demo-b-seed-0", "demo-c-seed-9",
     ]  # fmt: skip
     assert (grid.name, grid.out, grid.varying) == ("sizes", "reports/sizes", ("model", "seed"))
     plan = grid.plans[3]
@@ -106,9 +106,9 @@ def test_side_by_side_and_each_notebooks_own(here):
     ]
     # to short, which has no model, the first and the third line are one
     assert [a for name, a in givens(grid) if name == "short"] == [{"seed": 0}, {"seed": 1}]
-    assert grid.plans[0].name == "demo-empty-a-0"
-    assert grid.plans[4].name == "demo-1,2-b-1"
-    assert grid.plans[-1].name == "short-1"
+    assert grid.plans[0].name == "demo-lags-empty-a-seed-0"
+    assert grid.plans[4].name == "demo-lags-1,2-b-seed-1"
+    assert grid.plans[-1].name == "short-seed-1"
     assert (grid.name, grid.out) == ("two", "there")
     assert (grid.plans[0].cell_timeout, grid.plans[0].report_timeout) == (600.0, 3600.5)
 
@@ -481,17 +481,21 @@ def test_yes_takes_many(here, monkeypatch):
 
 def test_only_by_name_notebook_and_pattern(here):
     grid = read("notebooks: [demo, short]\ngrid: {seed: [0, 1]}")
-    chosen = {w: [p.name for p in grid.only([w])] for w in ("demo", "*-1", "short-0")}
+    chosen = {w: [p.name for p in grid.only([w])] for w in ("demo", "*-1", "short-seed-0")}
     assert chosen == {
-        "demo": ["demo-0", "demo-1"], "*-1": ["demo-1", "short-1"], "short-0": ["short-0"],
+        "demo": ["demo-seed-0", "demo-seed-1"], "*-1": ["demo-seed-1", "short-seed-1"], "short-seed-0": ["short-seed-0"],
     }  # fmt: skip
     assert grid.only(()) == grid.plans
-    assert [p.name for p in grid.only(["*-1", "demo"])] == ["demo-0", "demo-1", "short-1"]
+    assert [p.name for p in grid.only(["*-1", "demo"])] == [
+        "demo-seed-0",
+        "demo-seed-1",
+        "short-seed-1",
+    ]
     with pytest.raises(InputError) as caught:
-        grid.only(["demo-3"])
+        grid.only(["demo-seed-3"])
     assert str(caught.value) == (
-        "grid: --only 'demo-3' names no report of sizes; did you mean 'demo-1'? --dry-run lists "
-        "them"
+        "grid: --only 'demo-seed-3' names no report of sizes; did you mean 'demo-seed-1'? --dry-run "
+        "lists them"
     )
 
 
@@ -725,11 +729,15 @@ def test_states_and_times_without_running(here):
     grid = read("notebooks: [demo, short]\ngrid: {seed: [0, 1, 2, 3]}")
     out = here / "out"
     keys = {plan.name: plan.key for plan in grid.plans}
-    write_status(out / "demo-0", notebook="demo", status="ok", key=keys["demo-0"], seconds=10)
-    write_status(out / "demo-1", notebook="demo", status="failed", key=keys["demo-1"], seconds=99)
+    write_status(
+        out / "demo-seed-0", notebook="demo", status="ok", key=keys["demo-seed-0"], seconds=10
+    )
+    write_status(
+        out / "demo-seed-1", notebook="demo", status="failed", key=keys["demo-seed-1"], seconds=99
+    )
     other = grid.plans[2].fingerprint | {"package": "0.0.1", "inputs": {"model": "x"}}
     about = {"notebook": "demo", "status": "ok", "key": "other", "seconds": 20}
-    write_status(out / "demo-2", **about, fingerprint=other)
+    write_status(out / "demo-seed-2", **about, fingerprint=other)
     write_status(out / "elsewhere", notebook="demo", status="ok", key="x", seconds=60)
     (out / "broken").mkdir()
     (out / "broken" / "status.json").write_text("{")
@@ -741,16 +749,16 @@ def test_states_and_times_without_running(here):
 
     found = states()
     # the median of 10, 20 and 60; failed ones say nothing of how long a report takes
-    assert found["demo-0"] == ("cached", 0)
-    assert found["demo-1"] == ("failed before", 0)
-    assert found["demo-2"] == ("changed", 20)
-    assert found["demo-3"] == ("new", 20)
+    assert found["demo-seed-0"] == ("cached", 0)
+    assert found["demo-seed-1"] == ("failed before", 0)
+    assert found["demo-seed-2"] == ("changed", 20)
+    assert found["demo-seed-3"] == ("new", 20)
     why = plan_states(grid.plans, out).set_index("report")["why"]
-    assert why.loc["demo-0":"demo-3"].tolist() == ["", "", "package, inputs", ""]
-    assert found["short-0"][0] == "new" and pd.isna(found["short-0"][1])
-    assert states(retry_failed=True)["demo-1"] == ("retry", 20)
-    assert states(retry_failed=True)["demo-0"] == ("cached", 0)
-    assert states(force=True)["demo-0"] == ("forced", 20)
+    assert why.loc["demo-seed-0":"demo-seed-3"].tolist() == ["", "", "package, inputs", ""]
+    assert found["short-seed-0"][0] == "new" and pd.isna(found["short-seed-0"][1])
+    assert states(retry_failed=True)["demo-seed-1"] == ("retry", 20)
+    assert states(retry_failed=True)["demo-seed-0"] == ("cached", 0)
+    assert states(force=True)["demo-seed-0"] == ("forced", 20)
     assert sorted(p.relative_to(here) for p in here.rglob("*")) == before
 
 
@@ -758,15 +766,15 @@ def test_the_dry_run_as_printed(here, capsys, same_package):
     Path("sizes.yaml").write_text("notebooks: [demo, short]\ngrid: {seed: [0, 1]}\nout: there")
     grid = read_grid("sizes.yaml")
     key = grid.plans[0].key
-    write_status(here / "there" / "demo-0", notebook="demo", status="ok", key=key, seconds=30)
+    write_status(here / "there" / "demo-seed-0", notebook="demo", status="ok", key=key, seconds=30)
     before = sorted(p.name for p in here.rglob("*"))
     status, out, err = call(capsys, "grid", "sizes.yaml", "--dry-run", "--jobs", "2")
     assert (status, err) == (0, "")
     assert out.splitlines() == [
-        "demo-0   cached",
-        "demo-1   new     about 30.0 s",
-        "short-0  new     time unknown",
-        "short-1  new     time unknown",
+        "demo-seed-0   cached",
+        "demo-seed-1   new     about 30.0 s",
+        "short-seed-0  new     time unknown",
+        "short-seed-1  new     time unknown",
         "3 of 4 would run (1 cached, 3 new); about 15.0 s with --jobs 2; of short the time is not "
         "known yet",
     ]
@@ -799,7 +807,7 @@ def test_runs_resume_retry_and_force(here, capsys, same_package):
     first = run_grid("sizes.yaml")
     # a cell that fails lets no other start
     assert first["status"].tolist() == ["ok", "ok", "failed", "missing"]
-    assert first["report"].tolist()[2] == "counts-2-true"
+    assert first["report"].tolist()[2] == "counts-seed-2-bad-true"
     assert first["error"].tolist()[2].startswith("AssertionError")
     assert list(first.columns) == [
         "report", "notebook", "status", "seconds", "cached", "error", "folder", "seed", "bad",
@@ -814,7 +822,7 @@ def test_runs_resume_retry_and_force(here, capsys, same_package):
     # unchanged failures are shown and not run again, and stop nothing
     status, out, _ = call(capsys, "grid", "sizes.yaml")
     assert (status, ran()) == (1, "3")
-    assert out.splitlines()[0].startswith("counts-2-true  failed: AssertionError")
+    assert out.splitlines()[0].startswith("counts-seed-2-bad-true  failed: AssertionError")
     assert out.splitlines()[1:] == [
         "4 reports: 3 ok, 1 failed; 2 were there", "index: reports/sizes/index.html",
     ]  # fmt: skip
@@ -831,13 +839,13 @@ def test_runs_resume_retry_and_force(here, capsys, same_package):
 def test_a_folder_behind_a_url(here, same_package):
     notebook(here / "notebooks", "counts", *COUNTS)
     raw = {"notebooks": ["counts"], "grid": {"seed": [0, 1]}, "out": f"file://{here}/far"}
-    table = run_grid(raw, only=["counts-1"])
+    table = run_grid(raw, only=["counts-seed-1"])
     assert table[["report", "status", "folder"]].values.tolist() == [
-        ["counts-1", "ok", f"file://{here}/far/counts-1"]
+        ["counts-seed-1", "ok", f"file://{here}/far/counts-seed-1"]
     ]
     assert table.attrs["site"] == f"file://{here}/far/index.html"
     far = here / "far"
-    assert {"counts-1", ".grid", "index.html"} <= {p.name for p in far.iterdir()}
+    assert {"counts-seed-1", ".grid", "index.html"} <= {p.name for p in far.iterdir()}
     # all of the grid, though only one was asked for
     assert len(json.loads((far / ".grid" / "grid.json").read_text())) == 2
     grid = read_grid(raw)

@@ -24,7 +24,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from workbench.engine import LOCKS, RUNNING, STATUS, _share, end_kernels, usable
+from workbench.engine import LOCKS, RUNNING, STATUS, end_kernels, share_of_cores, usable
 from workbench.fingerprint import Hashes
 from workbench.table import InputError, cache_folder, whole_file
 
@@ -63,14 +63,16 @@ def workspace(
         InputError: A URL that cannot be written to, a cluster that cannot be used.
     """
     remote = Remote(str(out)) if "://" in str(out) else None
-    made = not remote and not Path(out).exists()
-    folder = remote.pull() if remote else usable(out, [])
+    whole = Path(out).absolute()
+    absent = [] if remote else [p for p in (whole, *whole.parents) if not p.exists()]
     with contextlib.ExitStack() as stack:
+        stack.callback(_remove_empty, absent)  # a refusal leaves no folder behind
+        folder = remote.pull() if remote else usable(out, [])
         executor = None
         if dask:
             seen = {str(path): str(path) for path in needs}
             if not remote:
-                seen |= stack.enter_context(_sign(folder, made))
+                seen |= stack.enter_context(_sign(folder))
             url = remote.url if remote else ""
             executor = stack.enter_context(dask_executor(dask, needs=seen, url=url))
             jobs = max(jobs, executor.threads)
@@ -82,7 +84,7 @@ def workspace(
 
 
 @contextlib.contextmanager
-def _sign(folder: Path, made: bool) -> Iterator[dict[str, str]]:
+def _sign(folder: Path) -> Iterator[dict[str, str]]:
     """A file by which a worker knows this folder from another of the same name on its own disk."""
     sign = folder / f".{uuid.uuid4().hex}"
     sign.touch()
@@ -90,9 +92,13 @@ def _sign(folder: Path, made: bool) -> Iterator[dict[str, str]]:
         yield {str(sign): str(folder)}
     finally:
         sign.unlink(missing_ok=True)
-        if made:
-            with contextlib.suppress(OSError):  # something is in it
-                folder.rmdir()
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, the innermost first, up to one that holds something."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 # a cluster
@@ -493,7 +499,7 @@ class _Uploading(ThreadPoolExecutor):
 
     def __init__(self, url: str, jobs: int):
         super().__init__(jobs)
-        self._url, self._share = url, _share(jobs)
+        self._url, self._share = url, share_of_cores(jobs)
 
     def submit(self, function: Callable, *arguments, **options) -> Future:
         options = {"threads": self._share, **options}

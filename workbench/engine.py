@@ -272,7 +272,7 @@ def run_plans(
         executor = executor or stack.enter_context(ThreadPoolExecutor(jobs))
         if isinstance(executor, ThreadPoolExecutor):
             window = jobs
-            options["threads"] = _share(min(jobs, max(1, len(todo))))
+            options["threads"] = share_of_cores(min(jobs, max(1, len(todo))))
         running: dict[Future, int] = {}
         failed = ""
         try:
@@ -398,7 +398,7 @@ def _ensure_suites(plans: Sequence[Plan]) -> None:
         ensure_suite(corpus=corpus)
 
 
-def _share(jobs: int) -> int | None:
+def share_of_cores(jobs: int) -> int | None:
     """Threads for each of several kernels; None where the user has decided, or there is only one."""
     if jobs == 1 or "OMP_NUM_THREADS" in os.environ:
         return None

@@ -466,12 +466,17 @@ def _planned(raw: Mapping, name: str, drawn: Sequence[tuple[_Block, dict]]) -> G
     settled = [block.settled | given for block, given in drawn]
     varying = _varying([(block.notebook, given) for block, given in drawn], settled)
     labels = _labels(settled)
+    # a number alone says nothing; the last part of a path mostly does
+    texts = {p for values in settled for p, value in values.items() if isinstance(value, str)}
+    spelled = {
+        p: f"{{{p}}}" if p in texts else f"{p}-{{{p}}}" for own in varying.values() for p in own
+    }
     hashes = Hashes()
     plans, seen = [], {}
     for (block, given), values in zip(drawn, settled, strict=True):
         notebook = block.notebook
         differ = varying[notebook.name]
-        pattern = raw.get("names") or "-".join(["{notebook}", *(f"{{{p}}}" for p in differ)])
+        pattern = raw.get("names") or "-".join(["{notebook}", *map(spelled.get, differ)])
         called = _named(pattern, name, notebook, values, labels)
         told = " with ".join(filter(None, [notebook.name, _listed({p: values[p] for p in differ})]))
         if (other := seen.setdefault(called.casefold(), told)) != told:
