@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import hypothesis
 import numpy as np
 import pandas as pd
 import pytest
@@ -22,6 +23,9 @@ import torch
 from workbench.models import LanguageModel
 from workbench.suite import Architecture, Specification, Suite, ensure_suite
 
+# workers, kernels and browsers share the cores: how long an example takes says nothing
+hypothesis.settings.register_profile("workbench", deadline=None)
+hypothesis.settings.load_profile("workbench")
 torch.set_num_threads(1)  # these models are too small to share, and workers run side by side
 
 

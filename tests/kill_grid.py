@@ -23,7 +23,7 @@ from nbformat import v4
 
 MARK = "WORKBENCH_KILL_GRID"  # in the environment of all that a grid starts
 LEDGER = "WORKBENCH_KILL_LEDGER"  # a parameter that names a file would be part of the key
-LONGEST = 12.0  # seconds from the start of a grid to the kill, at most
+LONGEST = 2.0  # from the start of a grid to the kill, at most, in times that one report takes
 PATIENCE = 10.0  # seconds for what a killed grid has started to be gone
 REPORTS = 12  # of a grid, if nothing else is said
 # its begin is written down; nothing else runs in a process while sum does
@@ -131,12 +131,22 @@ def kill(grid: subprocess.Popen, mark: str, chance: random.Random) -> str:
     return "driver"
 
 
+def seconds_for_one(folder: Path) -> float:
+    """How long a grid of one report takes: on a busy machine kills come later."""
+    folder.mkdir()
+    began = time.monotonic()
+    if start(write_grid(folder, 1), "alone").wait():
+        raise SystemExit((folder / "said.txt").read_text()[-2000:])
+    return time.monotonic() - began
+
+
 def main(kills: int, *, reports: int = REPORTS, seed: int = 0, folder: Path | None = None) -> int:
     """Kill so many times; gives the exit status."""
     chance = random.Random(seed)
     place = folder or Path(tempfile.mkdtemp(prefix="kill-grid-"))
     done, rounds, again, ran = 0, 0, 0, Counter()
     killed, slowest = Counter(), 0.0
+    longest = LONGEST * seconds_for_one(place / "alone")
     while done < kills:
         rounds += 1
         room = place / f"round-{rounds}"
@@ -147,7 +157,7 @@ def main(kills: int, *, reports: int = REPORTS, seed: int = 0, folder: Path | No
             mark = f"{os.getpid()}-{rounds}-{done}-{chance.random()}"
             process = start(grid, mark)
             try:
-                limit = chance.uniform(0.5, LONGEST) if done < kills else 600.0
+                limit = chance.uniform(0.5, longest) if done < kills else 600.0
                 process.wait(limit)
                 ended = True
             except subprocess.TimeoutExpired:

@@ -321,6 +321,20 @@ def test_an_address_that_does_not_answer_is_one_line(there, monkeypatch):
     assert "\n" not in said
 
 
+def test_a_refusal_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "PATIENCE", 1.0)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "note").touch()
+    for out in ("reports/one", "there/one", "there", "kept"):
+        begun = cluster.workspace(tmp_path / out, dask="somewhere")
+        with pytest.raises(InputError, match="^cluster: no Dask scheduler answers"), begun:
+            raise AssertionError("it began")
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == [
+        "kept", "kept/note", "there",
+    ]  # fmt: skip
+
+
 def test_a_scheduler_file_that_is_not_there_is_refused(tmp_path):
     file = tmp_path / "scheduler.json"
     with pytest.raises(InputError) as error, dask_executor(str(file)):

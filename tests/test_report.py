@@ -387,6 +387,7 @@ def test_status_is_written_for_all(made):
         ("training:  34%|███   | 240/700 [00:40<01:18, 5.89update/s, loss=3.7]\n\nsaid\n", "said"),
         ("12text [00:01, 9.9text/s]", ""),
         ("warned\nedits: 5%|# | 1/20 [00:00<00:03, 6it/s]\nafter", "warned\nafter"),
+        ("told\nsweep: another process is at work on p.parquet; waiting for it\n", "told"),
         ("a | 100% | b [see 3:04 below]\n", "a | 100% | b [see 3:04 below]\n"),
         ("kept 12 [0.1, 0.3]\n  x\n", "kept 12 [0.1, 0.3]\n  x\n"),
     ],

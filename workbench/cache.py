@@ -39,6 +39,7 @@ LIMIT = 5.0  # GB of what goes by itself; WORKBENCH_CACHE_LIMIT sets another
 SUMS, LOCK, IN_USE = ".sums", ".lock", ".in_use"
 ASIDE = (SUMS, LOCK, ".checkpoint")  # what lies beside entries and is none
 PATIENCE = 1.0  # seconds of waiting for another process before it is said
+WAITS = "another process is at work on"  # said on stderr; a report leaves such lines out
 Value = TypeVar("Value")
 
 
@@ -197,8 +198,7 @@ def locked(place: Path, asker: str) -> Iterator[None]:
         try:
             lock.acquire(timeout=PATIENCE)
         except Timeout:
-            told = f"{asker}: another process is at work on {place.name}; waiting for it"
-            print(told, file=sys.stderr, flush=True)
+            print(f"{asker}: {WAITS} {place.name}; waiting for it", file=sys.stderr, flush=True)
             lock.acquire()
     except (OSError, NotImplementedError):
         # a cache that cannot be written to, or a disk without locks: everyone for themselves

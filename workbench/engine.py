@@ -35,6 +35,7 @@ from pathlib import Path
 import pandas as pd
 
 from workbench import page
+from workbench.cache import WAITS
 from workbench.parameters import FOLDER, RESULTS, Notebook
 from workbench.site import KEY, LOG, PAGE, STATUS, TABLE, TABLE_CSV
 from workbench.table import PASSPORT_KEY, InputError, load, whole_file
@@ -741,9 +742,11 @@ def _joined(outputs: list) -> list:
 
 
 def _without_bars(text: str) -> str:
-    """Text without what progress bars left in it, which is over and tells only of this machine."""
+    """Text without what progress bars left, and waiting: it is over and tells only of this run."""
 
     def dropped(line: re.Match) -> str:
+        if WAITS in line[0]:
+            return ""
         return _BAR.sub("", line[0]) if len(line[0]) <= _BAR_LONGEST else line[0]
 
     kept = re.sub(r"[^\r\n]+", dropped, text)
