@@ -248,14 +248,39 @@ def suite(
     show: Annotated[
         bool, typer.Option("--show", help="Only describe; refuse if it is not trained yet.")
     ] = False,
+    workshop: Annotated[
+        bool, typer.Option("--workshop", help="Prepare all that the workshop's sessions compute.")
+    ] = False,
 ) -> None:
     """Train the embedded suite, if it is not cached, and describe it."""
     from workbench.suite import describe_suite, ensure_suite
 
+    if workshop:
+        _prepare_workshop(alone=size == "default" and not corpus and not show)
+        return
     chosen = str(corpus) if corpus else None
     if show:
         _refuse_untrained(chosen, size)
     typer.echo(describe_suite(ensure_suite(corpus=chosen, size=size, progress=True)))
+
+
+def _prepare_workshop(alone: bool) -> None:
+    from workbench.classroom import describe_preparation, prepare_workshop, solutions
+    from workbench.table import InputError
+
+    if not alone:
+        raise InputError(
+            "suite: --workshop prepares the default suite, for which the sessions are written; "
+            "leave out --size, --corpus and --show"
+        )
+    sessions = solutions()
+    typer.echo(
+        f"the suite (about four minutes), then {len(sessions)} sessions once each (a minute or two "
+        "each, on two cores); what is there already is not made again"
+    )
+    reports = prepare_workshop(sessions)
+    typer.echo(describe_preparation(reports))
+    raise typer.Exit(0 if all(report.status == "ok" for report in reports) else FAILED)
 
 
 def _refuse_untrained(corpus: str | None, size: str) -> None:
