@@ -166,7 +166,7 @@ def test_interrupt_ends_the_kernel_and_leaves_nothing(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=120)
+    _, err = child.communicate(timeout=30)
     assert child.returncode == 130
     assert err.splitlines()[-1] == "workbench: interrupted; nothing half-written was left"
     assert list((tmp_path / "out").iterdir()) == []

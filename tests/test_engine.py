@@ -595,7 +595,7 @@ def test_no_process_outlives_the_run(tmp_path, monkeypatch, how):
     if how == signal.SIGINT:
         time.sleep(0.2)
         run.send_signal(how)  # as an impatient user does
-    _, err = run.communicate(timeout=120)
+    _, err = run.communicate(timeout=30)
     assert gone(*pids)
     if how == signal.SIGINT:
         assert err.splitlines()[-1] == "KeyboardInterrupt"

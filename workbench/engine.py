@@ -618,9 +618,8 @@ def _execute(plan: Plan, folder: Path, where: str, kernel: _Kernel, log: _Log, s
                 )
             except OSError:
                 raise
-            except (
-                Exception
-            ) as error:  # papermill's, nbclient's, zmq's: each is a report that failed
+            # papermill's, nbclient's, zmq's: each is a report that failed
+            except Exception as error:
                 if kernel.stopped:
                     raise Stopped from None
                 if at < 0 and attempt < STARTS and not kernel.ended:

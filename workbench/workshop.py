@@ -64,8 +64,11 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from workbench.table import InputError
 
+TOLERANCE = 5e-3  # an answer rounded to two digits is right
 COLOUR = {  # JupyterLab's own, so that they go with a dark page too
     "right": "--jp-success-color1, #388e3c",
     "not yet": "--jp-warn-color1, #e65100",
@@ -179,3 +182,8 @@ def find(name: str, asker: str) -> Exercise:
     if name not in exercises:
         raise InputError(f"{asker}: no exercise {name!r}; there are {', '.join(exercises)}")
     return exercises[name]
+
+
+def alike(given, right) -> bool:
+    """Whether an answer is right to two digits after the point, in each of its numbers."""
+    return np.allclose(given, right, atol=TOLERANCE, rtol=0)

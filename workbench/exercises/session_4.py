@@ -5,15 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from workbench.workshop import Exercise
+from workbench.workshop import Exercise, alike
 
-TOLERANCE = 5e-3  # an answer rounded to two digits is right
 SHARE = 1e-3  # the same for a share, of which some are small
 NORMAL = 1.96  # standard errors to either side that hold 95 %
-
-
-def alike(given, right) -> bool:
-    return np.allclose(given, right, atol=TOLERANCE, rtol=0)
 
 
 def judge_turned(shown: pd.DataFrame, on_loss: pd.DataFrame) -> str:
