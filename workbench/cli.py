@@ -22,6 +22,7 @@ app = typer.Typer(
     help="What a language model memorizes, when, for how long, and where.",
 )
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130
+EXPLORE = "explore.ipynb"  # what lab opens
 LINE = 100  # characters, of what list prints
 
 
@@ -248,14 +249,39 @@ def suite(
     show: Annotated[
         bool, typer.Option("--show", help="Only describe; refuse if it is not trained yet.")
     ] = False,
+    workshop: Annotated[
+        bool, typer.Option("--workshop", help="Prepare all that the workshop's sessions compute.")
+    ] = False,
 ) -> None:
     """Train the embedded suite, if it is not cached, and describe it."""
     from workbench.suite import describe_suite, ensure_suite
 
+    if workshop:
+        _prepare_workshop(alone=size == "default" and not corpus and not show)
+        return
     chosen = str(corpus) if corpus else None
     if show:
         _refuse_untrained(chosen, size)
     typer.echo(describe_suite(ensure_suite(corpus=chosen, size=size, progress=True)))
+
+
+def _prepare_workshop(alone: bool) -> None:
+    from workbench.classroom import describe_preparation, prepare_workshop, solutions
+    from workbench.table import InputError
+
+    if not alone:
+        raise InputError(
+            "suite: --workshop prepares the default suite, for which the sessions are written; "
+            "leave out --size, --corpus and --show"
+        )
+    sessions = solutions()
+    typer.echo(
+        f"the suite (about four minutes), then {len(sessions)} sessions once each (a minute or two "
+        "each, on two cores); what is there already is not made again"
+    )
+    reports = prepare_workshop(sessions)
+    typer.echo(describe_preparation(reports))
+    raise typer.Exit(0 if all(report.status == "ok" for report in reports) else FAILED)
 
 
 def _refuse_untrained(corpus: str | None, size: str) -> None:
@@ -334,12 +360,27 @@ def check_cache() -> None:
     raise typer.Exit(FAILED if bad else 0)
 
 
+@app.command("freeze")
+def freeze_notebook(
+    notebook: Annotated[
+        Path, typer.Argument(metavar="NOTEBOOK.ipynb", help="Saved with its widgets' state.")
+    ],
+    out: Annotated[
+        str, typer.Option("--out", metavar="FILE", help="Where it goes.", show_default=False)
+    ] = "",
+) -> None:
+    """Turn the explorers of a saved notebook into figures that need no kernel."""
+    from workbench.frozen import freeze
+
+    typer.echo(_shortened(freeze(notebook, out)))
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     add_help_option=False,
 )
 def lab(context: typer.Context) -> None:
-    """Open JupyterLab on the notebooks; further arguments go to `jupyter lab`."""
+    """Open JupyterLab on the notebook of explorers; further arguments go to `jupyter lab`."""
     from workbench.parameters import FOLDER
     from workbench.table import InputError
 
@@ -347,7 +388,10 @@ def lab(context: typer.Context) -> None:
         raise InputError(
             f"lab: there is no {FOLDER}; install the workbench from its repository (pip install -e)"
         )
-    command = [sys.executable, "-m", "jupyterlab", str(FOLDER), *context.args]
+    command = [sys.executable, "-m", "jupyterlab", str(FOLDER)]
+    if (FOLDER / EXPLORE).is_file():
+        command[3:] = [str(FOLDER / EXPLORE), f"--ServerApp.root_dir={FOLDER}"]
+    command += context.args
     if os.name == "posix":
         os.execv(command[0], command)  # so that Ctrl-C is JupyterLab's own affair
     raise typer.Exit(subprocess.call(command))

@@ -1,0 +1,1 @@
+"""Judges of the workshop's exercises, one module a session; :mod:`workbench.workshop` says how."""
