@@ -1,15 +1,19 @@
-"""Make the README's picture from reports that are there: python tests/make_pictures.py [reports].
+"""Make the README's pictures: of a report that is there, and of the explorers on the suite.
 
-Needs a Chromium (``CHROMIUM`` names its path) and the ``test`` extra. Not a test.
+From the project's folder: python -m tests.make_pictures [reports]. Needs a Chromium
+(``CHROMIUM`` names its path) and the ``test`` extra. Not a test.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright
+
+from tests import browser as real
 
 PICTURE = Path(__file__).parent.parent / "data" / "pictures" / "report.png"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
@@ -34,5 +38,25 @@ def main(reports: Path) -> None:
     print(PICTURE)
 
 
+def explorers(notebook: Path) -> None:
+    """Run the notebook of explorers and screenshot each, once it has drawn all of its figures."""
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        real.server(notebook.parent, Path(scratch)) as lab,
+        real.browser(Path(scratch), height=1900) as page,
+    ):
+        real.open_notebook(page, lab, notebook.name)
+        real.run_all(page)
+        for nth, name in enumerate(real.EXPLORERS):
+            real.settled(page, nth)
+            explorer = page.locator(".workbench-explorer").nth(nth)
+            explorer.scroll_into_view_if_needed()
+            page.wait_for_timeout(1000)  # a figure that comes into view is fitted to its place
+            picture = PICTURE.with_name(f"explore_{name}.png")
+            explorer.screenshot(path=picture)
+            print(picture)
+
+
 if __name__ == "__main__":
     main(Path(sys.argv[1] if len(sys.argv) > 1 else "reports"))
+    explorers(Path(__file__).parent.parent / "notebooks" / "explore.ipynb")

@@ -130,6 +130,18 @@ def test_lab_opens_the_notebooks_and_passes_arguments_on(notebooks, monkeypatch)
     ]  # fmt: skip
 
 
+def test_lab_opens_the_explorers_where_they_are(notebooks, monkeypatch):
+    started = []
+    monkeypatch.setattr(os, "execv", lambda path, words: started.append(words))
+    monkeypatch.setattr(subprocess, "call", lambda words: started.append(words) or 0)
+    (notebooks / "explore.ipynb").write_text("{}")
+    with pytest.raises(SystemExit):
+        cli.main(["lab", "--no-browser"])
+    assert started[0][3:] == [
+        str(notebooks / "explore.ipynb"), f"--ServerApp.root_dir={notebooks}", "--no-browser",
+    ]  # fmt: skip
+
+
 def test_statuses_of_runs(capsys, notebooks):
     write_notebook(notebooks, "refuses", REFUSES)
     write_notebook(notebooks, "fails", FAILS)

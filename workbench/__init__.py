@@ -86,6 +86,11 @@ _HOME = {
     "workbench.results": "audit_checkpoints load_results write_example_results",
     "workbench.stats.audit": "audit_results",
     "workbench.stats.peaks": "peak_drop",
+    "workbench.explore.items": "explore_items",
+    "workbench.explore.forgetting": "explore_forgetting",
+    "workbench.explore.profile": "explore_profile",
+    "workbench.explore.curvature": "explore_curvature",
+    "workbench.explore.runs": "explore_runs report_curves report_numbers",
     "workbench.report": "publish run_report run_reports",
     "workbench.grid": "read_grid run_grid",
 }

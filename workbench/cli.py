@@ -22,6 +22,7 @@ app = typer.Typer(
     help="What a language model memorizes, when, for how long, and where.",
 )
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130
+EXPLORE = "explore.ipynb"  # what lab opens
 LINE = 100  # characters, of what list prints
 
 
@@ -359,12 +360,27 @@ def check_cache() -> None:
     raise typer.Exit(FAILED if bad else 0)
 
 
+@app.command("freeze")
+def freeze_notebook(
+    notebook: Annotated[
+        Path, typer.Argument(metavar="NOTEBOOK.ipynb", help="Saved with its widgets' state.")
+    ],
+    out: Annotated[
+        str, typer.Option("--out", metavar="FILE", help="Where it goes.", show_default=False)
+    ] = "",
+) -> None:
+    """Turn the explorers of a saved notebook into figures that need no kernel."""
+    from workbench.frozen import freeze
+
+    typer.echo(_shortened(freeze(notebook, out)))
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     add_help_option=False,
 )
 def lab(context: typer.Context) -> None:
-    """Open JupyterLab on the notebooks; further arguments go to `jupyter lab`."""
+    """Open JupyterLab on the notebook of explorers; further arguments go to `jupyter lab`."""
     from workbench.parameters import FOLDER
     from workbench.table import InputError
 
@@ -372,7 +388,10 @@ def lab(context: typer.Context) -> None:
         raise InputError(
             f"lab: there is no {FOLDER}; install the workbench from its repository (pip install -e)"
         )
-    command = [sys.executable, "-m", "jupyterlab", str(FOLDER), *context.args]
+    command = [sys.executable, "-m", "jupyterlab", str(FOLDER)]
+    if (FOLDER / EXPLORE).is_file():
+        command[3:] = [str(FOLDER / EXPLORE), f"--ServerApp.root_dir={FOLDER}"]
+    command += context.args
     if os.name == "posix":
         os.execv(command[0], command)  # so that Ctrl-C is JupyterLab's own affair
     raise typer.Exit(subprocess.call(command))

@@ -36,6 +36,7 @@ import pandas as pd
 
 from workbench import page
 from workbench.cache import WAITS
+from workbench.frozen import freeze_widgets
 from workbench.parameters import FOLDER, RESULTS, Notebook
 from workbench.site import KEY, LOG, PAGE, STATUS, TABLE, TABLE_CSV
 from workbench.table import PASSPORT_KEY, InputError, load, whole_file
@@ -612,7 +613,7 @@ def _execute(plan: Plan, folder: Path, where: str, kernel: _Kernel, log: _Log, s
                     on_cell_execute=on_cell_execute,
                     on_cell_executed=on_cell_executed,
                     record_timing=False,
-                    store_widget_state=False,
+                    store_widget_state=True,  # of explorers, which become figures
                     # a history in the user's home is shared, and locked, by all kernels
                     extra_arguments=["--log-level=CRITICAL", "--HistoryManager.enabled=False"],
                 )
@@ -692,6 +693,7 @@ def _scrubbed(text: str, folder: Path) -> str:
 def _clean(notebook, folder: Path) -> None:
     """Drop what papermill added, so that two runs of the same work are the same bytes."""
     notebook.metadata.pop("papermill", None)
+    freeze_widgets(notebook)
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
         if not cell.metadata.get("tags", True):

@@ -48,7 +48,7 @@ def write_site(out: str | Path) -> Path:
         OSError: The pages cannot be written; those that were there are left as they are.
     """
     out = Path(out).absolute()
-    entries, notes = _entries(out)
+    entries, notes = read_entries(out)
     varying = {
         notebook: _varying([entry for entry in entries if entry["notebook"] == notebook])
         for notebook in dict.fromkeys(entry["notebook"] for entry in entries)
@@ -98,7 +98,7 @@ def _folders(out: Path) -> dict[str, dict[str, list]]:
     return found
 
 
-def _entries(out: Path) -> tuple[list[dict], list[str]]:
+def read_entries(out: Path) -> tuple[list[dict], list[str]]:
     """What the pages show of each report, in the order in which they show it, and notes."""
     folders = _folders(out)
     plans, notes = _plans(out, folders.pop(PLANS, {}))

@@ -24,6 +24,7 @@ from workbench.plots.items import plot_life_lines, plot_two_clocks
 from workbench.plots.membership import plot_auc, plot_roc
 from workbench.plots.prediction import plot_exposure, plot_prediction
 from workbench.plots.profile import plot_event_study, plot_profile
+from workbench.plots.reports import plot_key_numbers
 from workbench.plots.results import plot_audit, plot_results
 from workbench.plots.retention import plot_recall, plot_recognition, plot_retention
 from workbench.plots.savings import plot_savings
@@ -77,6 +78,7 @@ __all__ = [
     "plot_hazards",
     "plot_interference",
     "plot_item_sharpness",
+    "plot_key_numbers",
     "plot_laws",
     "plot_layer_choice",
     "plot_life_lines",

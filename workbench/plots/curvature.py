@@ -133,6 +133,7 @@ def plot_rho_sweep(
     *,
     method: str = "kfac",
     metrics: Sequence[str] = ("recitation_strict", "perplexity_ratio"),
+    rho: float | None = None,
     title: str = "",
 ) -> go.Figure:
     """What one method leaves and costs, edit by edit: a panel a metric, a line a group.
@@ -143,6 +144,7 @@ def plot_rho_sweep(
     Args:
         table: What ``probe_curvature`` returned; pooled rows (``item="all"``) are drawn.
         metrics: From top to bottom; those of tasks too, where ``also`` asked for them.
+        rho: Mark the edit that keeps this share.
 
     Raises:
         InputError: A metric or method without rows, or several rows for a group and edit.
@@ -193,6 +195,8 @@ def plot_rho_sweep(
     figure.update_xaxes(
         title_text=f"share kept by {method}, stronger edits right", row=len(metrics)
     )
+    if rho is not None:
+        figure.add_vline(x=order.index(rho), line={"dash": "dash", "color": GREY})
     return figure.update_layout(legend={"groupclick": "toggleitem", "tracegroupgap": 30})
 
 

@@ -33,6 +33,8 @@ def plot_forgetting(
     x: str = "lag",
     panel: str = "group",
     laws: Sequence[str] | None = None,
+    log_x: bool = True,
+    holdout: float = 0.0,
     title: str = "",
 ) -> go.Figure:
     """Memory against updates since the last exposure, with the fitted laws, a panel per curve.
@@ -45,6 +47,9 @@ def plot_forgetting(
         fits: What ``fit_forgetting`` made of them.
         panel: The coordinate that tells curves apart, in both tables.
         laws: Which to draw; None draws all.
+        log_x: Space time as log(1 + x), or evenly.
+        holdout: Share of a curve's points, the last ones, drawn hollow: what ``fit_forgetting``
+            held out with the same number of the laws that are defined at all of them.
 
     Raises:
         InputError: Points of several metrics, an unknown column or law, several points per x, or
@@ -73,8 +78,9 @@ def plot_forgetting(
         for trace in _law_lines(fit, x, known, laws or known):
             trace.showlegend = bool(trace.showlegend is not False and index == 0)
             figure.add_trace(trace, **place)
-        figure.add_trace(_law_points(points[points[panel] == name], x, index == 0), **place)
-    _dress(figure, points[x], x, columns, deep, title or "Forgetting")
+        mine = _law_points(points[points[panel] == name], x, index == 0, holdout)
+        figure.add_trace(mine, **place)
+    _dress(figure, points[x], x, columns, deep, title or "Forgetting", log_x)
     return figure.update_yaxes(title_text=metric.axis, col=1)
 
 
@@ -89,17 +95,31 @@ def _panels(panel: str, names: Sequence) -> tuple[go.Figure, int, int]:
 
 
 def _dress(
-    figure: go.Figure, lags: pd.Series, x: str, columns: int, deep: int, title: str
+    figure: go.Figure, lags: pd.Series, x: str, columns: int, deep: int, title: str, log_x: bool
 ) -> go.Figure:
-    """Title, logarithmic axes with the lags themselves as ticks, and a line at 0."""
+    """Title, axes with the lags themselves as ticks, and a line at 0."""
     styled(figure, title=title, x="", y="", height=max(HEIGHT, 300 * deep + 120))
-    ticks = lag_ticks(lags)
+    ticks = lag_ticks(lags) if log_x else _even_ticks(lags)
     for key in ("tickvals", "ticktext"):
         ticks[key] = ticks[key][:: min(2, columns)]  # a narrow panel has room for half of them
     figure.update_xaxes(**ticks, showticklabels=True, tickangle=0)
     for col in range(1, columns + 1):
-        figure.update_xaxes(title_text=f"{x} [updates], spaced as 1 + {x}", row=deep, col=col)
+        spaced = f", spaced as 1 + {x}" if log_x else ""
+        figure.update_xaxes(title_text=f"{x} [updates]{spaced}", row=deep, col=col)
     return figure.add_hline(y=0, line={"dash": "dot", "color": GREY, "width": 1})
+
+
+def _even_ticks(lags: pd.Series) -> dict:
+    """Labels at the lags on an evenly spaced axis, as many as do not touch."""
+    kept: list[float] = []
+    for lag in sorted(lags.dropna().unique()):
+        if not kept or lag - kept[-1] >= lags.max() / 8:
+            kept.append(lag)
+    return {
+        "type": "linear",
+        "tickvals": [lag + 1 for lag in kept],
+        "ticktext": [f"{lag:g}" for lag in kept],
+    }
 
 
 def plot_residuals(
@@ -108,6 +128,7 @@ def plot_residuals(
     x: str = "lag",
     panel: str = "group",
     laws: Sequence[str] | None = None,
+    log_x: bool = True,
     title: str = "",
 ) -> go.Figure:
     """What each law leaves: measured less fitted against time, a panel per curve.
@@ -119,6 +140,7 @@ def plot_residuals(
         fits: What ``fit_forgetting`` gives.
         panel: The coordinate that tells curves apart.
         laws: Which to draw; None draws all.
+        log_x: Space time as log(1 + x), or evenly.
 
     Raises:
         InputError: No residuals, an unknown column or law, or several residuals per law and x.
@@ -148,7 +170,7 @@ def plot_residuals(
                 hovertemplate=f"%{{customdata}}: %{{y:.3f}}<extra>{law}</extra>",
             )  # fmt: skip
             figure.add_trace(trace, row=index // columns + 1, col=index % columns + 1)
-    _dress(figure, left[x], x, columns, deep, title or "What each law leaves")
+    _dress(figure, left[x], x, columns, deep, title or "What each law leaves", log_x)
     return figure.update_yaxes(title_text="measured − fitted", col=1)
 
 
@@ -178,8 +200,10 @@ def _law_lines(fit: pd.DataFrame, x: str, known: Sequence[str], laws: Sequence[s
     return traces
 
 
-def _law_points(part: pd.DataFrame, x: str, legend: bool) -> go.Scatter:
+def _law_points(part: pd.DataFrame, x: str, legend: bool, holdout: float) -> go.Scatter:
     part = part.sort_values(x)
+    ahead = max(1, round(holdout * len(part))) if holdout else 0
+    symbols = ["circle"] * (len(part) - ahead) + ["circle-open"] * ahead
     return go.Scatter(
         x=part[x] + 1,
         y=part["value"].round(6),
@@ -188,7 +212,7 @@ def _law_points(part: pd.DataFrame, x: str, legend: bool) -> go.Scatter:
         legendgroup="measured",
         showlegend=legend,
         mode="markers",
-        marker={"color": "#000000", "size": 6},
+        marker={"color": "#000000", "size": 6} | ({"symbol": symbols} if ahead else {}),
         customdata=part[[x, "n"]],
         hovertemplate="%{customdata[0]}: %{y:.3f}, n=%{customdata[1]}<extra>measured</extra>",
     )

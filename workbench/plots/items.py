@@ -59,7 +59,9 @@ def plot_life_lines(
         has_columns("plot_life_lines", {"exposures": exposures}, ("update", "item"))
         met = exposures[exposures["item"].astype(str).isin(row)]
         ticks = go.Scatter(
-            x=met["update"], y=met["item"].astype(str).map(row) + TICKS, mode="markers", name="trained on",
+            # floats also where none is left, for an empty column of text adds no number
+            x=met["update"], y=met["item"].astype(str).map(row).astype(float) + TICKS, mode="markers",
+            name="trained on",
             marker={"symbol": "line-ns-open", "size": 5, "color": GREY, "line": {"width": 1}},
             hovertemplate="trained on at %{x}<extra></extra>",
         )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -13,7 +14,9 @@ from workbench.table import METRICS, InputError, validate
 UNKNOWN = "#D9D9D9"  # a cell without an estimate must not look like one of 0, which is white
 
 
-def plot_profile(table: pd.DataFrame, *, title: str = "") -> go.Figure:
+def plot_profile(
+    table: pd.DataFrame, *, chosen: tuple[float, int] | None = None, title: str = ""
+) -> go.Figure:
     """Heat map of ATT(g, t), cohorts down and checkpoints across, white at 0.
 
     Placebo cells stand left of each cohort's black edge, its first exposure. A dot marks a cell
@@ -22,9 +25,10 @@ def plot_profile(table: pd.DataFrame, *, title: str = "") -> go.Figure:
 
     Args:
         table: What ``memorization_profile(by="cell")`` gives.
+        chosen: Cohort and checkpoint of a cell to frame.
 
     Raises:
-        InputError: No cells, or several rows per (cohort, step).
+        InputError: No cells, several rows per (cohort, step), or a chosen cell outside the map.
     """
     table = validate(table)
     cells = table[table["metric"].isin(["memorization", "placebo"])]
@@ -45,10 +49,12 @@ def plot_profile(table: pd.DataFrame, *, title: str = "") -> go.Figure:
             zmax=limit,
             colorscale=[(0, COLOURS[1]), (0.5, "#FFFFFF"), (1, COLOURS[0])],
             colorbar={"title": {"text": METRICS["memorization"].axis, "side": "right"}},
-            customdata=[
-                [[g, s, *(grids[name].loc[g, s] for name in ("lo", "hi", "n"))] for s in steps]
-                for g in cohorts
-            ],
+            customdata=np.dstack(
+                [
+                    *np.meshgrid(cohorts, steps, indexing="ij"),
+                    *(grids[name].loc[cohorts, steps].to_numpy() for name in ("lo", "hi", "n")),
+                ]
+            ),
             hovertemplate="cohort %{customdata[0]}, step %{customdata[1]}: %{z:.3f} "
             "[%{customdata[2]:.3f}, %{customdata[3]:.3f}], n=%{customdata[4]}<extra></extra>",
             hoverongaps=False,
@@ -57,7 +63,26 @@ def plot_profile(table: pd.DataFrame, *, title: str = "") -> go.Figure:
         )
     )
     figure.add_traces(_doubts(cells, steps, cohorts))
+    if chosen:
+        figure.add_trace(_frame(chosen, steps, cohorts))
     return _grid_axes(figure, steps, cohorts, cells.groupby("cohort")["n"].max(), title)
+
+
+def _frame(chosen: tuple[float, int], steps: list, cohorts: list) -> go.Scatter:
+    """A line around a cell, in a colour that no cell has."""
+    cohort, step = chosen
+    if cohort not in cohorts or step not in steps:
+        raise InputError(f"plot_profile: no cell of cohort {cohort:g} at step {step:g} to frame")
+    x, y = steps.index(step), cohorts.index(cohort)
+    return go.Scatter(
+        x=[x - 0.5, x + 0.5, x + 0.5, x - 0.5, x - 0.5],
+        y=[y - 0.5, y - 0.5, y + 0.5, y + 0.5, y - 0.5],
+        mode="lines",
+        line={"width": 4, "color": COLOURS[2]},
+        name=f"chosen: cohort {cohort:g}, step {step:g}",
+        showlegend=False,  # the legend has one line above the map
+        hoverinfo="skip",
+    )
 
 
 def _grid_axes(figure, steps: list, cohorts: list, sizes: pd.Series, title: str) -> go.Figure:

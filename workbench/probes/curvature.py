@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +86,7 @@ def probe_curvature(
     labels: str = "sampled",
     methods: Sequence[str] = ASKED,
     rho: Mapping[str, Sequence[float]] = RHO,
+    stairs: Sequence[float] = STAIRS,
     prefix: int = 16,
     suffix: int = 16,
     seed: int = 0,
@@ -109,6 +110,7 @@ def probe_curvature(
             takes one more pass over the texts, and corrects the predicted damage of them all.
         rho: For each method the shares kept: of curvature mass, of saliency, of ranks, of
             weights, of components.
+        stairs: Shares of mass whose masks are told.
         prefix, suffix: Tokens of the prompt and of the continuation that is to be recited.
         also: Another probe, asked once of the unedited model and once under each edit.
 
@@ -123,7 +125,7 @@ def probe_curvature(
     items = check_items(items)
     memorized = (memorized,) if isinstance(memorized, str) else tuple(memorized)
     grid, recited = _grid(methods, rho), _of_groups(items, memorized)
-    tokens, held = _tokens(model, texts, "texts"), _tokens(model, held_out, "held_out")
+    tokens, held = text_tokens(model, texts, "texts"), text_tokens(model, held_out, "held_out")
     factors = collect_factors(model, tokens, roles=roles, blocks=blocks, labels=labels, seed=seed)
     bases = decompose(factors)
     if "ekfac" in methods:
@@ -131,7 +133,7 @@ def probe_curvature(
     asked = {"prefix": prefix, "suffix": suffix, "seed": seed}
     parts = [
         spectrum_rows(model, bases),
-        staircase_rows(model, bases),
+        staircase_rows(model, bases, stairs),
         edit_rows(model, bases, recited, held_out=held, grid=grid, also=also, **asked),
     ]
     if clean is not None and (items["group"] == clean).any():
@@ -212,7 +214,7 @@ def _of_groups(items: pd.DataFrame, groups: Sequence[str]) -> pd.DataFrame:
     return items[items["group"].isin(groups)]
 
 
-def _tokens(model: LanguageModel, texts: Sequence[str], name: str) -> list[np.ndarray]:
+def text_tokens(model: LanguageModel, texts: Sequence[str], name: str) -> list[np.ndarray]:
     """Token ids cut to the context; texts under two tokens predict nothing and are dropped."""
     if isinstance(texts, str):
         raise InputError(f"{ASKER}: {name} is one text, needs a list of texts")
@@ -257,11 +259,13 @@ def spectrum_rows(model: LanguageModel, bases: Sequence[Basis]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def staircase_rows(model: LanguageModel, bases: Sequence[Basis]) -> pd.DataFrame:
+def staircase_rows(
+    model: LanguageModel, bases: Sequence[Basis], stairs: Sequence[float] = STAIRS
+) -> pd.DataFrame:
     """Which components the K-FAC edit keeps: a staircase in the ranks of the two spectra.
 
     Returns:
-        ``kept_inputs`` for each share ``rho`` of :data:`STAIRS` and some ranks ``output`` of the
+        ``kept_inputs`` for each share ``rho`` of ``stairs`` and some ranks ``output`` of the
         output directions, 1 the sharpest: the first so many input directions are kept with it. At
         ``rho = 1`` all are. The last output direction that keeps any, and the next, are among them.
     """
@@ -269,7 +273,7 @@ def staircase_rows(model: LanguageModel, bases: Sequence[Basis]) -> pd.DataFrame
     for basis in bases:
         size = len(basis.output_values)
         spread = np.unique(np.geomspace(1, size, STEPS).round().astype(int))
-        for share in STAIRS:
+        for share in stairs:
             steps = staircase(basis.input_values, basis.output_values, share)
             last = int((steps > 0).sum())
             at = np.unique([*spread, last, min(last + 1, size)])
@@ -323,18 +327,44 @@ def edit_rows(
     Raises:
         InputError: No item of ``prefix + suffix`` tokens, or perplexity that is not finite.
     """
+    steps, asked = _shown([(NONE, 1.0), *grid], "edits"), {"prefix": prefix, "suffix": suffix}
+    parts = each_edit(
+        model, bases, items, held_out=held_out, grid=steps, also=also, **asked, seed=seed
+    )
+    return pd.concat(parts, ignore_index=True)
+
+
+def each_edit(
+    model: LanguageModel,
+    bases: Sequence[Basis],
+    items: pd.DataFrame,
+    *,
+    held_out: Sequence[Int[np.ndarray, " pos"]],
+    grid: Iterable[tuple[str, float]],
+    prefix: int,
+    suffix: int,
+    seed: int = 0,
+    also: Callable[[LanguageModel], pd.DataFrame] | None = None,
+) -> Iterator[pd.DataFrame]:
+    """The rows of :func:`edit_rows`, edit by edit; between two of them the model is as it was.
+
+    Args:
+        grid: The unedited model, ``("none", 1.0)``, must be the first.
+
+    Yields:
+        The rows of one edit, once its weights are given back.
+    """
     tokens, kept = _cut(model, items, prefix, suffix)
-    parts, own = [], None
-    for method, share in _shown([(NONE, 1.0), *grid], "edits"):
+    own = None
+    for method, share in grid:
         with _editing(bases, method, share, seed) as edit:
             loss = _held_out_loss(model, held_out, edit)
             verdicts = recitation(model, tokens, prefix)
             more = [] if also is None else [_with_edit(also(model), edit)]
         own = loss if own is None else own
-        parts.append(_verdict_rows(model, kept, verdicts, edit, seed))
-        parts.append(_cost_rows(model, loss, own, edit, seed))
-        parts.extend(more)
-    return pd.concat(parts, ignore_index=True)
+        told = _verdict_rows(model, kept, verdicts, edit, seed)
+        cost = _cost_rows(model, loss, own, edit, seed)
+        yield pd.concat([told, cost, *more], ignore_index=True)
 
 
 def _shown(steps: list, what: str) -> tqdm:
@@ -536,7 +566,7 @@ def sweep_layers(
     memorized = (memorized,) if isinstance(memorized, str) else tuple(memorized)
     grid = _grid([method], {method: sorted(rho, reverse=True)})
     tokens, kept = _cut(model, _of_groups(items, memorized), prefix, suffix)
-    ordinary, held = _tokens(model, texts, "texts"), _tokens(model, held_out, "held_out")
+    ordinary, held = text_tokens(model, texts, "texts"), text_tokens(model, held_out, "held_out")
     factors = collect_factors(model, ordinary, roles=roles, blocks=blocks, labels=labels, seed=seed)
     bases = decompose(factors)
     own = _held_out_loss(model, held, Edit(NONE, 1.0, 1.0, 0.0))
@@ -653,7 +683,7 @@ def probe_band_energy(
     """
     tokens, kept = _cut(model, check_items(items), prefix, suffix)
     layers = linear_layers(model.module, roles=roles, blocks=blocks)
-    spectra = input_spectra(model, _tokens(model, texts, "texts"), layers)
+    spectra = input_spectra(model, text_tokens(model, texts, "texts"), layers)
     energies = _band_energies(model, spectra, tokens, suffix)
     table = validate(pd.concat(_item_bands(model, energies, kept), ignore_index=True))
     table.attrs["dropped"] = kept.attrs["dropped"]

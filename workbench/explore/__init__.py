@@ -1,0 +1,1 @@
+"""Explorers: notebooks' widgets over the same probes, statistics and plots."""

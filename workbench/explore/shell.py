@@ -1,0 +1,574 @@
+"""What every explorer shares: controls, work beside the page, figures that change in place.
+
+An explorer is one function from the values of its controls to a view: figures, words, and the code
+that makes the same figures. This module runs it on a thread of its own, so that the page stays
+alive; the newest wish wins, a running one can be stopped, and whatever goes wrong is one line that
+leaves the last figures as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import html
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import anywidget
+import ipywidgets as widgets
+import plotly
+import plotly.graph_objects as go
+import traitlets
+
+from workbench.table import InputError
+
+WAIT = 0.3  # seconds of work after which progress is shown; quicker answers would only flicker
+_WHITE = "#FFFFFF"
+_COLOURED = ("line", "marker", "error_x", "error_y")  # parts of a trace
+_BLACK = "#000000"  # the one colour of the house that is lost on a dark page
+_FOOT = """
+export default {
+  render({ model, el }) {
+    const dark = () => {
+      const told = document.body.dataset.jpThemeLight;
+      const is = told ? told === "false" : matchMedia("(prefers-color-scheme: dark)").matches;
+      if (model.get("dark") !== is) { model.set("dark", is); model.save_changes(); }
+    };
+    const watch = new MutationObserver(dark);
+    watch.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light"] });
+    dark();
+    // plotly measures its place when it is first drawn, which in a notebook is before it has one
+    const tried = new WeakMap();
+    const fit = () => {
+      const explorer = el.closest(".workbench-explorer");
+      for (const plot of explorer ? explorer.querySelectorAll(".js-plotly-plot") : []) {
+        const drawn = plot.querySelector(".main-svg")?.getBoundingClientRect().width;
+        const place = plot.parentElement.clientWidth;
+        if (!drawn || Math.abs(drawn - place) < 2 || tried.get(plot) === place) continue;
+        tried.set(plot, place);
+        window.dispatchEvent(new Event("resize"));
+      }
+    };
+    const timer = setInterval(fit, 200);
+    const details = document.createElement("details");
+    const summary = document.createElement("summary");
+    summary.textContent = "The same as code";
+    const button = document.createElement("button");
+    button.className = "jupyter-button workbench-copy";
+    button.textContent = "Copy as code";
+    const code = document.createElement("pre");
+    code.className = "workbench-code";
+    code.style.cssText = "white-space: pre-wrap; user-select: text; margin: 4px 0; padding: 8px;"
+      + "border: 1px solid var(--jp-border-color2, #bbb); color: var(--jp-content-font-color1, inherit)";
+    const show = () => { code.textContent = model.get("code"); };
+    model.on("change:code", show);
+    show();
+    button.addEventListener("click", async () => {
+      try {
+        await navigator.clipboard.writeText(model.get("code"));
+        button.textContent = "Copied";
+      } catch {
+        details.open = true;
+        getSelection().selectAllChildren(code);
+        button.textContent = "Selected: press Ctrl+C";
+      }
+      setTimeout(() => { button.textContent = "Copy as code"; }, 2000);
+    });
+    details.append(summary, code);
+    el.append(button, details);
+    return () => { watch.disconnect(); clearInterval(timer); };
+  },
+};
+"""
+
+
+_PICTURE = """
+const wait = (ms) => new Promise((done) => setTimeout(done, ms));
+// one copy of plotly for all pictures of a page; in what order a page makes its models is open
+async function load(model) {
+  for (let tries = 0; ; tries += 1) {
+    try {
+      const code = await model.widget_manager.get_model(model.get("_code").split("IPY_MODEL_").pop());
+      const url = URL.createObjectURL(new Blob([code.get("source")], { type: "text/javascript" }));
+      return (await import(url)).default;
+    } catch (error) {
+      if (tries === 100) throw error;
+      await wait(100);
+    }
+  }
+}
+export default () => {
+  let inner;
+  return {
+    async initialize(context) {
+      const loaded = (globalThis.workbenchPlotly ??= {});
+      const version = context.model.get("_version");
+      inner = (await (loaded[version] ??= load(context.model)))();
+      return inner.initialize(context);
+    },
+    render: (context) => inner.render(context),
+  };
+};
+"""
+
+
+class Stopped(Exception):
+    """The user, or a newer wish, ended this piece of work."""
+
+
+class Offer(InputError):
+    """Something is lacking that can be made; shown with a button.
+
+    Args:
+        message: What is lacking, and how long it takes to make.
+        label: Of the button.
+        make: Makes it, telling a :class:`Work` how far it is; then the view is drawn again.
+    """
+
+    def __init__(self, message: str, label: str, make: Callable[[Work], None]):
+        super().__init__(message)
+        self.label, self.make = label, make
+
+
+@dataclass(frozen=True)
+class View:
+    """What an explorer shows for one setting of its controls.
+
+    Attributes:
+        figures: By name; a name that is missing keeps its last figure.
+        words: HTML below the figures; what came from data is escaped by who makes it.
+        code: Python that makes the same figures, ``figures`` by name, from public names.
+    """
+
+    figures: Mapping[str, go.Figure] = field(default_factory=dict)
+    words: str = ""
+    code: str = ""
+
+
+class Work:
+    """Handed to long work: through it the work tells how far it is and is told to end."""
+
+    def __init__(self, tell: Callable[[str, float | None], None]):
+        self._tell = tell
+        self._stop = threading.Event()
+        self._newer = threading.Event()
+
+    def stop(self, *, newer: bool = False) -> None:
+        """End the work at its next step; ``newer`` where a newer wish has come."""
+        (self._newer if newer else self._stop).set()
+
+    def step(self, what: str = "", share: float | None = None, *, shared: bool = False) -> None:
+        """Say what is done now, and what share of all is behind; called between steps.
+
+        Args:
+            shared: The newer wish needs this work too, so only the user ends it.
+
+        Raises:
+            Stopped: Somebody ended it.
+        """
+        if self._stop.is_set() or (self._newer.is_set() and not shared):
+            raise Stopped
+        self._tell(what, share)
+
+
+def subject_of(model, items: str = "", corpus: str = "", *, run: str = "base"):
+    """What :func:`load_subject` gives, with a module of its own; a Subject may be given as it is.
+
+    Another explorer of the same subject reads other steps into its module, at the same time.
+
+    Raises:
+        Offer: The suite is not trained yet.
+        InputError: As :func:`load_subject`.
+    """
+    from workbench.subject import Subject, load_subject
+    from workbench.suite import specification
+    from workbench.table import cache_folder
+
+    if isinstance(model, Subject):
+        return replace(model, source=model.source.select(model.source.steps))
+    if model == "suite":
+        place = cache_folder() / "suites" / specification(corpus or None).hash
+        if not place.is_dir():
+            raise Offer(
+                "explore: the embedded suite is not trained yet; that takes about four minutes on "
+                "two cores, once",
+                "Train the suite",
+                lambda work: _train_suite(corpus, work),
+            )
+    return load_subject(model, items, corpus=corpus, run=run)
+
+
+def _train_suite(corpus: str, work: Work) -> None:
+    """Train in a process of its own, which can be ended at any time and leaves nothing half-made."""
+    command = [
+        sys.executable,
+        "-m",
+        "workbench",
+        "suite",
+        *(["--corpus", corpus] if corpus else []),
+    ]
+    with tempfile.TemporaryFile("w+", errors="replace") as told:
+        process = subprocess.Popen(command, stdout=told, stderr=told, stdin=subprocess.DEVNULL)
+
+        def last_line() -> str:
+            told.seek(0)
+            lines = re.split(r"[\r\n]+", told.read().strip())
+            return lines[-1].strip()
+
+        try:
+            while process.poll() is None:
+                line = last_line()
+                share = re.search(r"(\d+)%", line)
+                work.step(
+                    line[:90] or "training", int(share[1]) / 100 if share else None, shared=True
+                )
+                time.sleep(0.3)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+        if process.returncode:
+            raise InputError(last_line())
+
+
+class Foot(anywidget.AnyWidget):
+    """The code of the view with a button that copies it; it also tells whether the page is dark."""
+
+    _esm = _FOOT
+    dark = traitlets.Bool(False).tag(sync=True)
+    code = traitlets.Unicode("").tag(sync=True)
+
+
+class _Code(widgets.Widget):
+    """A script's text, sent to a page once."""
+
+    _model_name = traitlets.Unicode("WidgetModel").tag(sync=True)
+    source = traitlets.Unicode().tag(sync=True)
+
+
+@functools.cache
+def _plotly() -> _Code:
+    return _Code(source=str(go.FigureWidget._esm))
+
+
+class Picture(go.FigureWidget):
+    """A figure replaced in place, by a plotly of five megabytes that all pictures share.
+
+    Attributes:
+        drawn: Whether a page has answered that it drew; what is sent to it before is lost.
+    """
+
+    _esm = _PICTURE
+    _code = traitlets.Instance(widgets.Widget).tag(sync=True, **widgets.widget_serialization)
+    _version = traitlets.Unicode(plotly.__version__).tag(sync=True)
+    drawn = False
+
+    @traitlets.default("_code")
+    def _shared(self) -> _Code:
+        return _plotly()
+
+    def __init__(self, figure: go.Figure):
+        super().__init__(figure)
+        self._config = {"responsive": True, "displaylogo": False}
+        self._clicked: Callable | None = None
+        self.observe(self._page_has_drawn, "_js2py_traceDeltas")
+
+    def draw(self, new: go.Figure) -> None:
+        """Show another figure."""
+        self._become(new)
+        state = new.to_plotly_json()  # for pages that are opened, or saved, later
+        self._widget_data, self._widget_layout = state["data"], state["layout"]
+
+    def on_click(self, answer: Callable) -> None:
+        """Call ``answer(x, y, trace)`` for a point that is clicked, in whatever is drawn later too."""
+
+        def clicked(trace, points, _state) -> None:
+            if points.point_inds:
+                answer(points.xs[0], points.ys[0], trace)
+
+        self._clicked = clicked
+        for trace in self.data:
+            trace.on_click(clicked, append=False)
+
+    def _become(self, new: go.Figure) -> None:
+        same = [trace.type for trace in self.data] == [trace.type for trace in new.data]
+        with self.batch_update():
+            if same:
+                for old, trace in zip(self.data, new.data, strict=True):
+                    _become(old, trace)
+            _become(self.layout, new.layout)
+        if not same:
+            self.data = ()
+            self.add_traces(new.data)
+            for trace in self.data if self._clicked else ():
+                trace.on_click(self._clicked, append=False)
+
+    def _page_has_drawn(self, change) -> None:
+        self.drawn = self.drawn or change.new is not None
+
+
+def _become(old, new) -> None:
+    given = new.to_plotly_json()
+    for name in [n for n in old.to_plotly_json() if n not in given and n != "uid"]:
+        old[name] = None
+    for name, value in given.items():
+        if name not in ("type", "uid"):
+            old[name] = value
+
+
+def themed(figure: go.Figure, *, dark: bool) -> go.Figure:
+    """The figure on the page's own background; black lines turn white on a dark one."""
+    figure = go.Figure(figure)
+    clear = "rgba(0,0,0,0)"
+    figure.update_layout(
+        template="plotly_dark" if dark else "plotly_white", paper_bgcolor=clear, plot_bgcolor=clear
+    )
+    if dark:
+        lines = [shape.line for shape in figure.layout.shapes]
+        for trace in figure.data:
+            parts = [getattr(trace, name, None) for name in _COLOURED]
+            lines += [trace, *(part for part in parts if part is not None)]
+        for line in lines:
+            if isinstance(colour := getattr(line, "color", None), str):
+                line.color = colour.replace(_BLACK, _WHITE).replace(
+                    "rgba(0,0,0,", "rgba(255,255,255,"
+                )
+    return figure
+
+
+class Explorer(widgets.VBox):
+    """Controls, figures, words, one line for what went wrong, and the code of it all.
+
+    Args:
+        title: Shown above the controls.
+        controls: Widgets by name, in their order; each has a description and a tooltip.
+        draw: Makes the view of ``{name: value}``. Runs on a thread of its own, never twice at
+            once; long work calls ``work.step`` between its steps.
+        figures: Names of the figures, in the order of the page.
+        least: Width below which a figure has a row of its own.
+
+    Attributes:
+        controls: As given.
+        figures: The pictures by name, once they are drawn.
+        view: The last view, None before the first.
+        message: The line that is shown, empty if all is well.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        controls: Mapping[str, widgets.Widget],
+        draw: Callable[[dict, Work], View],
+        *,
+        figures: tuple[str, ...] = ("figure",),
+        least: str = "30em",
+    ):
+        self.title = title
+        self.controls = dict(controls)
+        self.figures: dict[str, Picture] = {}
+        self.view: View | None = None
+        self.message = ""
+        self._draw = draw
+        self._lock = threading.Lock()
+        self._painting = threading.Lock()  # the page's theme may change while a view is drawn
+        self._idle = threading.Event()
+        self._idle.set()
+        self._wish: dict | None = None
+        self._work: Work | None = None
+        self._quiet = False
+        self._offer: Offer | None = None
+        self._taken: Offer | None = None
+        self._clicked: dict[str, Callable] = {}
+        self._line = widgets.HTML()
+        self._words = widgets.HTML()
+        self._bar = widgets.FloatProgress(max=1.0, layout={"width": "14em"})
+        self._doing = widgets.Label()
+        stop = widgets.Button(description="Stop", icon="stop", tooltip="End this piece of work")
+        stop.on_click(lambda _: self.stop())
+        self._make = widgets.Button(button_style="primary", layout={"width": "auto"})
+        self._make.on_click(lambda _: self._take())
+        self._make.layout.display = "none"
+        self._progress = widgets.HBox([self._bar, stop, self._doing])
+        self._progress.layout.visibility = "hidden"  # it keeps its place, so that nothing jumps
+        self._foot = Foot()
+        self._foot.observe(lambda _: self._paint(), "dark")
+        for control in self.controls.values():
+            control.observe(self._changed, "value")
+        self._box = {
+            name: widgets.VBox(
+                layout={"flex": f"1 1 {least}", "min_width": "0", "overflow": "hidden"}
+            )
+            for name in figures
+        }
+        wrap = {"flex_flow": "row wrap", "width": "100%"}
+        super().__init__(
+            [
+                widgets.HTML(f"<h3 style='margin:0'>{html.escape(title)}</h3>"),
+                widgets.HBox(list(self.controls.values()), layout=wrap),
+                self._progress,
+                widgets.HBox([self._line, self._make], layout={"flex_flow": "row wrap"}),
+                widgets.HBox(list(self._box.values()), layout=wrap),
+                self._words,
+                self._foot,
+            ]
+        )
+        self.add_class("workbench-explorer")
+        self.redraw()
+
+    @property
+    def values(self) -> dict:
+        """What the controls are set to, by name."""
+        return {name: control.value for name, control in self.controls.items()}
+
+    @property
+    def code(self) -> str:
+        """Python that makes the figures that are shown."""
+        return self.view.code if self.view else ""
+
+    def redraw(self) -> None:
+        """Draw for the present values; what is being drawn for older ones is ended."""
+        with self._lock:
+            self._wish = self.values
+            if self._work:
+                self._work.stop(newer=True)
+            if not self._idle.is_set():
+                return
+            self._idle.clear()
+        threading.Thread(target=self._fulfil, daemon=True).start()
+
+    def stop(self) -> None:
+        """End the work that runs; the last figures stay."""
+        with self._lock:
+            self._wish = None
+            if self._work:
+                self._work.stop()
+
+    def wait(self, seconds: float = 600) -> Explorer:
+        """Wait until everything asked for is drawn.
+
+        Raises:
+            TimeoutError: It takes longer.
+        """
+        try:
+            done = self._idle.wait(seconds)
+        except KeyboardInterrupt:  # whoever interrupts the kernel means the work
+            self.stop()
+            raise
+        if not done:
+            raise TimeoutError(f"{self.title}: still at work after {seconds} s")
+        return self
+
+    def set(self, **values) -> None:
+        """Set several controls and draw once."""
+        with self.quietly():
+            for name, value in values.items():
+                self.controls[name].value = value
+        self.redraw()
+
+    @contextlib.contextmanager
+    def quietly(self) -> Iterator[None]:
+        """Controls that change inside draw nothing, such as one whose options follow another."""
+        before, self._quiet = self._quiet, True
+        try:
+            yield
+        finally:
+            self._quiet = before
+
+    def on_click(self, figure: str, answer: Callable) -> None:
+        """Call ``answer(x, y, trace)`` for the point of a figure that was clicked."""
+        with self._painting:
+            self._clicked[figure] = answer
+            if figure in self.figures:
+                self.figures[figure].on_click(answer)
+
+    def _changed(self, _) -> None:
+        if not self._quiet:
+            self.redraw()
+
+    def _fulfil(self) -> None:
+        while True:
+            taken = None
+            with self._lock:
+                values, self._wish = self._wish, None
+                if values is None:
+                    self._idle.set()
+                    return
+                self._work = work = Work(self._tell)
+            patience = threading.Timer(WAIT, self._show_progress, [work])
+            patience.daemon = True
+            patience.start()
+            try:
+                taken, self._taken = self._taken, None
+                if taken:
+                    taken.make(work)
+                self._show(self._draw(values, work))
+            except Stopped:
+                if self._wish is None:
+                    self._say(
+                        "Stopped; what is shown belongs to the last settings that were drawn.",
+                        taken,
+                    )
+            except Offer as offer:
+                self._say(str(offer), offer)
+            except InputError as error:
+                self._say(str(error))
+            except BaseException as error:  # a line in the widget; the explorer stays usable
+                self._say(f"{type(error).__name__}: {' '.join(str(error).split())}")
+            finally:
+                patience.cancel()
+                with self._lock:
+                    self._work = None
+                self._progress.layout.visibility = "hidden"
+
+    def _show(self, view: View) -> None:
+        with self._lock:
+            if self._wish is not None:
+                return  # a newer one is on its way
+        self.view = view
+        self._paint()
+        self._words.value = view.words
+        self._foot.code = view.code
+        self._say("")
+
+    def _paint(self) -> None:
+        with self._painting:
+            for name, figure in self.view.figures.items() if self.view else ():
+                self._paint_one(name, figure)
+
+    def _paint_one(self, name: str, figure: go.Figure) -> None:
+        shown = themed(figure, dark=self._foot.dark)
+        if name in self.figures and self.figures[name].drawn:
+            self.figures[name].draw(shown)
+            return
+        # a widget is shown once it is complete; until a page has drawn it, it is made anew
+        self.figures[name] = Picture(shown)
+        if name in self._clicked:
+            self.figures[name].on_click(self._clicked[name])
+        self._box[name].children = [self.figures[name]]
+
+    def _take(self) -> None:
+        self._taken = self._offer
+        self.redraw()
+
+    def _say(self, line: str, offer: Offer | None = None) -> None:
+        self.message = line
+        self._offer = offer
+        self._make.description = self._make.tooltip = offer.label if offer else ""
+        self._make.layout.display = "" if offer else "none"
+        self._line.value = f"<div role='alert'>⚠ {html.escape(line)}</div>" if line else ""
+
+    def _tell(self, what: str, share: float | None) -> None:
+        self._doing.value = what
+        if share is not None:
+            self._bar.value = share
+
+    def _show_progress(self, work: Work) -> None:
+        with self._lock:
+            if self._work is work:
+                self._progress.layout.visibility = "visible"
