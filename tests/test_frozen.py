@@ -1,12 +1,10 @@
 """Explorers without a kernel: what their saved state becomes."""
 
-import base64
 import copy
 import json
 
 import ipywidgets as widgets
 import nbformat
-import numpy as np
 import plotly.graph_objects as go
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
@@ -76,24 +74,6 @@ def test_other_widgets_are_left_as_they_are():
     notebook = saved(widgets.VBox([widgets.IntSlider(description="lone")]))
     before = copy.deepcopy(notebook.cells)
     assert freeze_widgets(notebook) == 0 and notebook.cells == before
-
-
-def test_arrays_come_as_the_page_sent_them(explorer):
-    # JupyterLab takes typed arrays out of the state and keeps them as base64 beside it
-    notebook = saved(explorer)
-    state = notebook.metadata["widgets"][STATE]["state"]
-    model = state[explorer.figures["figure"].model_id]
-    model["state"]["_widget_data"] = [
-        {"type": "heatmap", "z": {"dtype": "float64", "shape": [1, 2]}}
-    ]
-    bytes_ = base64.b64encode(np.array([1.5, 2.5]).tobytes()).decode()
-    path = ["_widget_data", 0, "z", "value"]
-    model["buffers"] = [{"encoding": "base64", "path": path, "data": bytes_}]
-    freeze_widgets(notebook)
-    (figure,) = [o["data"][PLOTLY] for o in notebook.cells[0].outputs if PLOTLY in o["data"]]
-    z = figure["data"][0]["z"]
-    assert z == {"dtype": "float64", "shape": "1, 2", "bdata": bytes_}
-    np.testing.assert_array_equal(np.frombuffer(base64.b64decode(z["bdata"])), [1.5, 2.5])
 
 
 def test_freeze_writes_beside_and_refuses_what_holds_nothing(explorer, tmp_path):

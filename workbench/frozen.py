@@ -73,17 +73,8 @@ def _parts(name: str, state: dict):
     """What a widget shows, from top to bottom, as the data of outputs."""
     model = state.get(name.removeprefix("IPY_MODEL_"), {})
     values = model.get("state", {})
-    if "_widget_data" in values:
-        for buffer in model.get("buffers", ()):
-            at = values
-            for key in buffer["path"][:-1]:
-                at = at[key]
-            at["bdata"] = buffer["data"]  # base64, as plotly.js takes it too
-            at.pop(buffer["path"][-1], None)
-        figure = {"data": values["_widget_data"], "layout": values["_widget_layout"]}
-        for trace in figure["data"]:
-            _plain(trace)
-        yield {PLOTLY: json.loads(json.dumps(figure))}
+    if values.get("spec"):
+        yield {PLOTLY: json.loads(values["spec"])}
     elif "code" in values and "dark" in values:
         if values["code"]:
             yield {"text/html": f"<pre>{html.escape(values['code'])}</pre>"}
@@ -101,12 +92,3 @@ def _parts(name: str, state: dict):
         }
     for child in values.get("children", ()):
         yield from _parts(child, state)
-
-
-def _plain(node) -> None:
-    """Shapes as plotly.js reads them, ``"2, 3"``."""
-    for value in node.values() if isinstance(node, dict) else node:
-        if isinstance(value, dict | list):
-            _plain(value)
-    if isinstance(node, dict) and "bdata" in node and isinstance(node.get("shape"), list):
-        node["shape"] = ", ".join(map(str, node["shape"]))

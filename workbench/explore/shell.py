@@ -9,7 +9,6 @@ leaves the last figures as they are.
 from __future__ import annotations
 
 import contextlib
-import functools
 import html
 import re
 import subprocess
@@ -22,100 +21,13 @@ from dataclasses import dataclass, field, replace
 
 import anywidget
 import ipywidgets as widgets
-import plotly
 import plotly.graph_objects as go
 import traitlets
 
+from workbench.explore.picture import TEMPLATES, Picture
 from workbench.table import InputError
 
 WAIT = 0.3  # seconds of work after which progress is shown; quicker answers would only flicker
-_WHITE = "#FFFFFF"
-_COLOURED = ("line", "marker", "error_x", "error_y")  # parts of a trace
-_BLACK = "#000000"  # the one colour of the house that is lost on a dark page
-_FOOT = """
-export default {
-  render({ model, el }) {
-    const dark = () => {
-      const told = document.body.dataset.jpThemeLight;
-      const is = told ? told === "false" : matchMedia("(prefers-color-scheme: dark)").matches;
-      if (model.get("dark") !== is) { model.set("dark", is); model.save_changes(); }
-    };
-    const watch = new MutationObserver(dark);
-    watch.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light"] });
-    dark();
-    // plotly measures its place when it is first drawn, which in a notebook is before it has one
-    const tried = new WeakMap();
-    const fit = () => {
-      const explorer = el.closest(".workbench-explorer");
-      for (const plot of explorer ? explorer.querySelectorAll(".js-plotly-plot") : []) {
-        const drawn = plot.querySelector(".main-svg")?.getBoundingClientRect().width;
-        const place = plot.parentElement.clientWidth;
-        if (!drawn || Math.abs(drawn - place) < 2 || tried.get(plot) === place) continue;
-        tried.set(plot, place);
-        window.dispatchEvent(new Event("resize"));
-      }
-    };
-    const timer = setInterval(fit, 200);
-    const details = document.createElement("details");
-    const summary = document.createElement("summary");
-    summary.textContent = "The same as code";
-    const button = document.createElement("button");
-    button.className = "jupyter-button workbench-copy";
-    button.textContent = "Copy as code";
-    const code = document.createElement("pre");
-    code.className = "workbench-code";
-    code.style.cssText = "white-space: pre-wrap; user-select: text; margin: 4px 0; padding: 8px;"
-      + "border: 1px solid var(--jp-border-color2, #bbb); color: var(--jp-content-font-color1, inherit)";
-    const show = () => { code.textContent = model.get("code"); };
-    model.on("change:code", show);
-    show();
-    button.addEventListener("click", async () => {
-      try {
-        await navigator.clipboard.writeText(model.get("code"));
-        button.textContent = "Copied";
-      } catch {
-        details.open = true;
-        getSelection().selectAllChildren(code);
-        button.textContent = "Selected: press Ctrl+C";
-      }
-      setTimeout(() => { button.textContent = "Copy as code"; }, 2000);
-    });
-    details.append(summary, code);
-    el.append(button, details);
-    return () => { watch.disconnect(); clearInterval(timer); };
-  },
-};
-"""
-
-
-_PICTURE = """
-const wait = (ms) => new Promise((done) => setTimeout(done, ms));
-// one copy of plotly for all pictures of a page; in what order a page makes its models is open
-async function load(model) {
-  for (let tries = 0; ; tries += 1) {
-    try {
-      const code = await model.widget_manager.get_model(model.get("_code").split("IPY_MODEL_").pop());
-      const url = URL.createObjectURL(new Blob([code.get("source")], { type: "text/javascript" }));
-      return (await import(url)).default;
-    } catch (error) {
-      if (tries === 100) throw error;
-      await wait(100);
-    }
-  }
-}
-export default () => {
-  let inner;
-  return {
-    async initialize(context) {
-      const loaded = (globalThis.workbenchPlotly ??= {});
-      const version = context.model.get("_version");
-      inner = (await (loaded[version] ??= load(context.model)))();
-      return inner.initialize(context);
-    },
-    render: (context) => inner.render(context),
-  };
-};
-"""
 
 
 class Stopped(Exception):
@@ -240,106 +152,9 @@ def _train_suite(corpus: str, work: Work) -> None:
 class Foot(anywidget.AnyWidget):
     """The code of the view with a button that copies it; it also tells whether the page is dark."""
 
-    _esm = _FOOT
+    _esm = TEMPLATES / "foot.js"
     dark = traitlets.Bool(False).tag(sync=True)
     code = traitlets.Unicode("").tag(sync=True)
-
-
-class _Code(widgets.Widget):
-    """A script's text, sent to a page once."""
-
-    _model_name = traitlets.Unicode("WidgetModel").tag(sync=True)
-    source = traitlets.Unicode().tag(sync=True)
-
-
-@functools.cache
-def _plotly() -> _Code:
-    return _Code(source=str(go.FigureWidget._esm))
-
-
-class Picture(go.FigureWidget):
-    """A figure replaced in place, by a plotly of five megabytes that all pictures share.
-
-    Attributes:
-        drawn: Whether a page has answered that it drew; what is sent to it before is lost.
-    """
-
-    _esm = _PICTURE
-    _code = traitlets.Instance(widgets.Widget).tag(sync=True, **widgets.widget_serialization)
-    _version = traitlets.Unicode(plotly.__version__).tag(sync=True)
-    drawn = False
-
-    @traitlets.default("_code")
-    def _shared(self) -> _Code:
-        return _plotly()
-
-    def __init__(self, figure: go.Figure):
-        super().__init__(figure)
-        self._config = {"responsive": True, "displaylogo": False}
-        self._clicked: Callable | None = None
-        self.observe(self._page_has_drawn, "_js2py_traceDeltas")
-
-    def draw(self, new: go.Figure) -> None:
-        """Show another figure."""
-        self._become(new)
-        state = new.to_plotly_json()  # for pages that are opened, or saved, later
-        self._widget_data, self._widget_layout = state["data"], state["layout"]
-
-    def on_click(self, answer: Callable) -> None:
-        """Call ``answer(x, y, trace)`` for a point that is clicked, in whatever is drawn later too."""
-
-        def clicked(trace, points, _state) -> None:
-            if points.point_inds:
-                answer(points.xs[0], points.ys[0], trace)
-
-        self._clicked = clicked
-        for trace in self.data:
-            trace.on_click(clicked, append=False)
-
-    def _become(self, new: go.Figure) -> None:
-        same = [trace.type for trace in self.data] == [trace.type for trace in new.data]
-        with self.batch_update():
-            if same:
-                for old, trace in zip(self.data, new.data, strict=True):
-                    _become(old, trace)
-            _become(self.layout, new.layout)
-        if not same:
-            self.data = ()
-            self.add_traces(new.data)
-            for trace in self.data if self._clicked else ():
-                trace.on_click(self._clicked, append=False)
-
-    def _page_has_drawn(self, change) -> None:
-        self.drawn = self.drawn or change.new is not None
-
-
-def _become(old, new) -> None:
-    given = new.to_plotly_json()
-    for name in [n for n in old.to_plotly_json() if n not in given and n != "uid"]:
-        old[name] = None
-    for name, value in given.items():
-        if name not in ("type", "uid"):
-            old[name] = value
-
-
-def themed(figure: go.Figure, *, dark: bool) -> go.Figure:
-    """The figure on the page's own background; black lines turn white on a dark one."""
-    figure = go.Figure(figure)
-    clear = "rgba(0,0,0,0)"
-    figure.update_layout(
-        template="plotly_dark" if dark else "plotly_white", paper_bgcolor=clear, plot_bgcolor=clear
-    )
-    if dark:
-        lines = [shape.line for shape in figure.layout.shapes]
-        for trace in figure.data:
-            parts = [getattr(trace, name, None) for name in _COLOURED]
-            lines += [trace, *(part for part in parts if part is not None)]
-        for line in lines:
-            if isinstance(colour := getattr(line, "color", None), str):
-                line.color = colour.replace(_BLACK, _WHITE).replace(
-                    "rgba(0,0,0,", "rgba(255,255,255,"
-                )
-    return figure
 
 
 class Explorer(widgets.VBox):
@@ -355,7 +170,7 @@ class Explorer(widgets.VBox):
 
     Attributes:
         controls: As given.
-        figures: The pictures by name, once they are drawn.
+        figures: The pictures by name.
         view: The last view, None before the first.
         message: The line that is shown, empty if all is well.
     """
@@ -371,7 +186,7 @@ class Explorer(widgets.VBox):
     ):
         self.title = title
         self.controls = dict(controls)
-        self.figures: dict[str, Picture] = {}
+        self.figures = {name: Picture() for name in figures}
         self.view: View | None = None
         self.message = ""
         self._draw = draw
@@ -384,7 +199,6 @@ class Explorer(widgets.VBox):
         self._quiet = False
         self._offer: Offer | None = None
         self._taken: Offer | None = None
-        self._clicked: dict[str, Callable] = {}
         self._line = widgets.HTML()
         self._words = widgets.HTML()
         self._bar = widgets.FloatProgress(max=1.0, layout={"width": "14em"})
@@ -400,12 +214,8 @@ class Explorer(widgets.VBox):
         self._foot.observe(lambda _: self._paint(), "dark")
         for control in self.controls.values():
             control.observe(self._changed, "value")
-        self._box = {
-            name: widgets.VBox(
-                layout={"flex": f"1 1 {least}", "min_width": "0", "overflow": "hidden"}
-            )
-            for name in figures
-        }
+        for picture in self.figures.values():
+            picture.layout = {"flex": f"1 1 {least}", "min_width": "0", "overflow": "hidden"}
         wrap = {"flex_flow": "row wrap", "width": "100%"}
         super().__init__(
             [
@@ -413,7 +223,7 @@ class Explorer(widgets.VBox):
                 widgets.HBox(list(self.controls.values()), layout=wrap),
                 self._progress,
                 widgets.HBox([self._line, self._make], layout={"flex_flow": "row wrap"}),
-                widgets.HBox(list(self._box.values()), layout=wrap),
+                widgets.HBox(list(self.figures.values()), layout=wrap),
                 self._words,
                 self._foot,
             ]
@@ -482,10 +292,7 @@ class Explorer(widgets.VBox):
 
     def on_click(self, figure: str, answer: Callable) -> None:
         """Call ``answer(x, y, trace)`` for the point of a figure that was clicked."""
-        with self._painting:
-            self._clicked[figure] = answer
-            if figure in self.figures:
-                self.figures[figure].on_click(answer)
+        self.figures[figure].on_click(answer)
 
     def _changed(self, _) -> None:
         if not self._quiet:
@@ -539,18 +346,7 @@ class Explorer(widgets.VBox):
     def _paint(self) -> None:
         with self._painting:
             for name, figure in self.view.figures.items() if self.view else ():
-                self._paint_one(name, figure)
-
-    def _paint_one(self, name: str, figure: go.Figure) -> None:
-        shown = themed(figure, dark=self._foot.dark)
-        if name in self.figures and self.figures[name].drawn:
-            self.figures[name].draw(shown)
-            return
-        # a widget is shown once it is complete; until a page has drawn it, it is made anew
-        self.figures[name] = Picture(shown)
-        if name in self._clicked:
-            self.figures[name].on_click(self._clicked[name])
-        self._box[name].children = [self.figures[name]]
+                self.figures[name].draw(figure, dark=self._foot.dark)
 
     def _take(self) -> None:
         self._taken = self._offer

@@ -1,0 +1,64 @@
+// A figure that is replaced whole: what is shown is what the model holds, whenever it is looked at.
+const CONFIG = { displaylogo: false, responsive: false };
+
+const wait = (ms) => new Promise((done) => setTimeout(done, ms));
+
+// one copy of plotly for all pictures of a page; in what order a page makes its models is open
+async function load(model) {
+  for (let tries = 0; ; tries += 1) {
+    try {
+      const name = model.get("_code").split("IPY_MODEL_").pop();
+      const code = await model.widget_manager.get_model(name);
+      // as a module: a page may have an AMD loader, which plotly's script would turn to
+      const parts = [
+        "const module = { exports: {} }, exports = module.exports, define = undefined;\n",
+        code.get("source"),
+        "\nexport default module.exports;",
+      ];
+      const url = URL.createObjectURL(new Blob(parts, { type: "text/javascript" }));
+      return (await import(url)).default;
+    } catch (error) {
+      if (tries === 100) throw error;
+      await wait(100);
+    }
+  }
+}
+
+export default {
+  async render({ model, el }) {
+    const place = document.createElement("div");
+    place.className = "workbench-picture";
+    place.setAttribute("role", "img");
+    el.append(place);
+    const loaded = (globalThis.workbenchPlotly ??= {});
+    const plotly = await (loaded[model.get("_version")] ??= load(model));
+    let drawn = null; // the text that is shown
+    let work = Promise.resolve();
+    const draw = () => {
+      work = work.then(async () => {
+        const text = model.get("spec");
+        // without a width plotly would take one of its own; the observer below comes again
+        if (!text || text === drawn || !place.clientWidth) return;
+        const { data, layout } = JSON.parse(text);
+        const first = drawn === null;
+        drawn = text;
+        await plotly.react(place, data, layout, CONFIG);
+        place.setAttribute("aria-label", place.layout.title?.text ?? "figure");
+        if (first) place.on("plotly_click", ({ points: [point] }) =>
+          model.send({ click: { x: point.x, y: point.y, trace: point.curveNumber } }));
+      }).catch((error) => console.error(error));
+    };
+    model.on("change:spec", draw);
+    const watch = new ResizeObserver(() => {
+      if (drawn === null) draw();
+      else if (place.clientWidth) plotly.Plots.resize(place);
+    });
+    watch.observe(place);
+    draw();
+    return () => {
+      watch.disconnect();
+      model.off("change:spec", draw);
+      plotly.purge(place);
+    };
+  },
+};
