@@ -15,6 +15,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
@@ -45,10 +46,13 @@ PATIENCE = 240_000  # milliseconds; only what fails waits as long
 # what an explorer shows: its figures' data, its code, and whether it says that something is wrong
 SHOWN = """(nth) => {
   const explorer = document.querySelectorAll('.workbench-explorer')[nth];
-  const plots = [...explorer.querySelectorAll('.js-plotly-plot')];
+  const plots = [...explorer.querySelectorAll('.workbench-picture')];
   const plain = (k, v) => (ArrayBuffer.isView(v) ? Array.from(v) : k === 'uid' ? undefined : v);
+  const axes = (layout) => Object.entries(layout).filter(([name]) => /^[xy]axis/.test(name))
+    .map(([name, axis]) => [name, axis.type, axis.title?.text]);
   return {
-    figures: plots.map((p) => JSON.stringify(p.data, plain) + p.layout?.title?.text),
+    figures: plots.map((p) => p.data ? JSON.stringify([p.data, p.layout.title?.text, p.layout.shapes, axes(p.layout)], plain) : ''),
+    words: [...explorer.querySelectorAll('.widget-html')].map((w) => w.textContent).join(' '),
     code: explorer.querySelector('.workbench-code')?.textContent,
     alert: explorer.querySelector('[role=alert]')?.textContent ?? '',
     busy: [...explorer.querySelectorAll('.jupyter-button')].some(
@@ -122,11 +126,14 @@ def _wait(url: str, process, scratch: Path, seconds: float = 90) -> None:
 
 
 @contextlib.contextmanager
-def browser(scratch: Path, *, width: int = 1400, height: int = 1000):
-    """A Chromium page that reaches loopback only; what it asked of other hosts is in ``.asked``."""
+def browser(scratch: Path, *, play=None, width: int = 1400, height: int = 1000):
+    """A Chromium page that reaches loopback only; what it asked of other hosts is in ``.asked``.
+
+    ``play`` is a running playwright, of which a process has one at a time.
+    """
     from playwright.sync_api import sync_playwright
 
-    with sync_playwright() as play:
+    with contextlib.nullcontext(play) if play else sync_playwright() as play:
         context = play.chromium.launch_persistent_context(
             str(scratch / "profile"), executable_path=CHROMIUM, headless=True, args=FLAGS,
             viewport={"width": width, "height": height},
@@ -167,32 +174,48 @@ def settled(page, nth: int) -> dict:
     deadline, before = time.monotonic() + PATIENCE / 1000, None
     while time.monotonic() < deadline:
         now = page.evaluate(SHOWN, nth)
-        if now["figures"] and now["code"] and not now["busy"] and now == before:
+        done = now["alert"] or (any(now["figures"]) and now["code"])
+        if done and not now["busy"] and now == before:
             return now
         before = now
         page.wait_for_timeout(250)
     raise TimeoutError(f"{EXPLORERS[nth]} is still at work: {before and before['alert']}")
 
 
-def move(page, control) -> bool:
-    """Move a control by keyboard alone; False if it is one that this does not apply to."""
+def answered(page, nth: int, before: dict, seconds: float = 5) -> dict:
+    """What an explorer shows after a control was moved; the same if nothing comes of it."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and page.evaluate(SHOWN, nth) == before:
+        page.wait_for_timeout(50)
+    return settled(page, nth)
+
+
+def name_of(control) -> str:
+    """What a control is called on the page."""
+    return control.evaluate(
+        "e => (e.closest('.widget-inline-hbox') ?? e).innerText.trim().split('\\n')[0].trim()"
+    )
+
+
+def move(page, control) -> tuple[str, ...]:
+    """Move a control by keyboard alone; the keys that undo it, none if there is nothing to move."""
     kind = control.evaluate("e => (e.type || e.className || e.tagName).toString()")
     if not control.is_visible() or not control.is_enabled() or "Stop" in control.inner_text():
-        return False
+        return ()
     control.focus()
-    if "noUi-handle" in kind:
-        at = control.get_attribute("aria-valuenow")
-        page.keyboard.press("ArrowRight")
-        if control.get_attribute("aria-valuenow") == at:
-            page.keyboard.press("ArrowLeft")
-    elif "select" in kind:
-        at = control.evaluate("e => e.selectedIndex")
-        page.keyboard.press("ArrowDown")
-        if control.evaluate("e => e.selectedIndex") == at:
-            page.keyboard.press("ArrowUp")
-    elif kind in ("checkbox", "radio", "button", "submit"):
+    if kind in ("checkbox", "radio", "button", "submit"):
         page.keyboard.press("Space")
-    else:
-        page.keyboard.type("a")
+        return ("Space",)
+    if kind == "text":
+        page.keyboard.type("1")
         page.keyboard.press("Enter")
-    return True
+        return ("Backspace", "Enter")
+    slider = "noUi-handle" in kind
+    at = "e => e.getAttribute('aria-valuenow') ?? e.selectedIndex"
+    before = control.evaluate(at)
+    for key, back in pairwise(["ArrowRight", "ArrowLeft", "ArrowRight"] if slider else
+                              ["ArrowDown", "ArrowUp", "ArrowDown"]):  # fmt: skip
+        page.keyboard.press(key)
+        if control.evaluate(at) != before:
+            return (back,)
+    return ()

@@ -255,10 +255,13 @@ class _Forgetting:
                 [f"curves = plot_forgetting(means, fits, {spelled(given)})"],
                 {"plot_forgetting"},
             )
+        if x == "step" and log:  # update 0 has no place there
+            means = means[means["step"] > 0]
         given = {"x": x, "log_x": bool(log and means[x].min() > 0), "title": "What is left"}
+        lines = ['means = means[means["step"] > 0]'] if x == "step" and log else []
         return (
             plot_curve(means, **given),
-            [f"curves = plot_curve(means, {spelled(given)})"],
+            [*lines, f"curves = plot_curve(means, {spelled(given)})"],
             {"plot_curve"},
         )
 
@@ -312,6 +315,8 @@ class _Forgetting:
             told = ["Laws are of time since the last exposure, so none is drawn over the step."]
             if values["cohort"] == ALL:
                 told += ["Texts met at different updates are pooled; choose one to part them."]
+            if values["log"]:
+                told += ["Update 0 has no place on a logarithmic axis."]
         else:
             told = [
                 "Points are means over texts, hollow where held out; the law preferred is thick."

@@ -57,16 +57,13 @@ class Picture(anywidget.AnyWidget):
     def __init__(self):
         super().__init__()
         self.figure: go.Figure | None = None
-        self._dark = False
         self._answer: Callable | None = None
         self.on_msg(self._told)
 
     def draw(self, figure: go.Figure, *, dark: bool = False) -> None:
         """Show a figure; nothing is sent where it is shown already."""
-        if figure is self.figure and dark == self._dark:
-            return
+        self.figure = figure
         self.spec = pio.json.to_json_plotly(themed(figure, dark=dark))
-        self.figure, self._dark = figure, dark
 
     def on_click(self, answer: Callable) -> None:
         """Call ``answer(x, y, trace)`` for a point that is clicked, in whatever is drawn later too."""

@@ -58,7 +58,7 @@ def explore_runs(folder: str | Path = "reports") -> Explorer:
             description="lines with", placeholder="group=seen", continuous_update=False,
             tooltip="Words that the name of a line must hold", style=told,
         ),
-"log": widgets.Checkbox(
+        "log": widgets.Checkbox(
             description="logarithmic", indent=False, layout=wide,
             tooltip="The curves over a logarithmic axis",
         ),

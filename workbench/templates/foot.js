@@ -9,6 +9,13 @@ export default {
     const watch = new MutationObserver(dark);
     watch.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light"] });
     dark();
+    // the arrow keys are a control's own here; JupyterLab would take them to go to another cell
+    const own = ({ target }) => target.setAttribute("data-lm-suppress-shortcuts", "true");
+    const placed = new ResizeObserver(() => {
+      const explorer = el.closest(".workbench-explorer");
+      if (explorer) { explorer.addEventListener("focusin", own); placed.disconnect(); }
+    });
+    placed.observe(el);
     const details = document.createElement("details");
     const summary = document.createElement("summary");
     summary.textContent = "The same as code";
@@ -35,6 +42,6 @@ export default {
     });
     details.append(summary, code);
     el.append(button, details);
-    return () => { watch.disconnect(); model.off("change:code", show); };
+    return () => { watch.disconnect(); placed.disconnect(); model.off("change:code", show); };
   },
 };
