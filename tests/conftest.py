@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 # set before any library reads them: no test may reach for the network
@@ -128,6 +129,19 @@ def neox(seed: int = 0, *, width: int = 16, layers: int = 1, vocabulary: int = 3
         "tie_word_embeddings": False,
     }
     return GPTNeoXForCausalLM(GPTNeoXConfig(**(shape | options))).eval()
+
+
+def run_notebook(name: str, **given) -> dict:
+    """Run a notebook's code cells here, with parameters; returns its names."""
+    path = Path(__file__).parent.parent / "notebooks" / f"{name}.ipynb"
+    space: dict = {"display": lambda *shown: None}  # what a kernel has
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), space)
+            if "parameters" in cell["metadata"].get("tags", []):
+                assert set(given) <= set(space)
+                space |= given
+    return space
 
 
 ENGLISH = [

@@ -1,6 +1,7 @@
 """What reports survive: kills, hangs, crashes, full disks, Ctrl-C, and each other."""
 
 import errno
+import gc
 import json
 import os
 import pickle
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -88,7 +90,11 @@ def made(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("OMP_NUM_THREADS", raising=False)
-        reports = run_plans(plans, folder / "out", jobs=2, keep_going=True)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            reports = run_plans(plans, folder / "out", jobs=2, keep_going=True)
+            gc.collect()  # what nobody closed says so now, and not in another test
+    assert not [each.message for each in said if each.category is ResourceWarning]
     return folder, plans, {r.name: r for r in reports}
 
 

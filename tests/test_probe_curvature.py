@@ -15,6 +15,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from tests.conftest import run_notebook
 from tests.curvature_models import (
     KINDS,
     build,
@@ -651,19 +652,6 @@ def test_figures_refuse():
     ):
         with pytest.raises(InputError, match=message):
             draw(table)
-
-
-def run_notebook(name: str, **given) -> dict:
-    """Run a notebook's code cells here, with parameters; returns its names."""
-    path = Path(__file__).parent.parent / "notebooks" / f"{name}.ipynb"
-    space: dict = {}
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-        if cell["cell_type"] == "code":
-            exec("".join(cell["source"]), space)
-            if "parameters" in cell["metadata"].get("tags", []):
-                assert set(given) <= set(space)
-                space |= given
-    return space
 
 
 @pytest.mark.parametrize("groups", [("seen", "unseen"), ("seen",)])

@@ -47,6 +47,36 @@ def test_cohorts_of_the_user_become_exposures(model_folder, tmp_path):
     assert not subject.causal  # one checkpoint compares nothing
 
 
+def test_doses_of_the_user_lie_at_the_one_update_that_is_known(model_folder, tmp_path):
+    entries = [
+        {"text": "one", "cohort": 7, "dose": 2},
+        {"text": "two", "cohort": 9},
+        {"text": "no"},
+    ]
+    subject = load_subject(str(model_folder), texts(tmp_path / "items.jsonl", entries))
+    assert subject.items["dose"].tolist() == [2, 1, 0]  # where none is given, as without the column
+    assert subject.exposures["item"].str[-1].tolist() == ["1", "1", "2"]
+    assert subject.exposures["update"].tolist() == [7, 7, 9]
+
+
+@pytest.mark.parametrize("dose", ["often", -1])
+def test_a_dose_that_is_no_number_of_exposures(model_folder, tmp_path, dose):
+    items = texts(tmp_path / "items.jsonl", [{"text": "one", "dose": dose}])
+    with pytest.raises(InputError) as caught:
+        load_subject(str(model_folder), items)
+    assert str(caught.value) == (
+        f"load_subject: dose is {dose!r} for item 'items-00001'; give numbers of exposures, 0 or more"
+    )
+
+
+def test_ones_own_texts_put_to_the_suite_are_completed_too(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("workbench.subject.load_suite", lambda corpus: tiny.suite)
+    entries = [{"text": "one two", "group": "seen"}, {"text": "three", "group": "unseen"}]
+    subject = load_subject(items=texts(tmp_path / "items.jsonl", entries))
+    assert subject.items[["kind", "dose"]].to_numpy().tolist() == [["text", 1], ["text", 0]]
+    assert subject.exposures.empty and not subject.causal
+
+
 def test_the_suite_is_causal_and_its_runs_see_what_they_planted(tiny, monkeypatch):
     monkeypatch.setattr("workbench.subject.load_suite", lambda corpus: tiny.suite)
     subject = load_subject()

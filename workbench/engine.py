@@ -598,7 +598,7 @@ def _execute(plan: Plan, folder: Path, where: str, kernel: _Kernel, log: _Log, s
     failure = None
     say("running", 0, len(work))
     kernel.set_alarm("report", "the report", plan.report_timeout)
-    with kernel.watched():
+    with kernel.watched(), _event_loop():
         for attempt in range(1, STARTS + 1):
             try:
                 papermill.execute_notebook(
@@ -636,6 +636,21 @@ def _execute(plan: Plan, folder: Path, where: str, kernel: _Kernel, log: _Log, s
         _mark_failed(notebook, max(at, 0), failure)
     went = {"cells_seconds": round(own, 2), "passed": passed, "cells": len(work)}
     return notebook, failure, went
+
+
+@contextlib.contextmanager
+def _event_loop():
+    """Close the event loop that nbclient makes for a thread and leaves open, sockets and all."""
+    from jupyter_core.utils import ensure_event_loop
+
+    if threading.current_thread() is threading.main_thread():  # its loop may be anyone's
+        yield
+        return
+    loop = ensure_event_loop()
+    try:
+        yield
+    finally:
+        loop.close()
 
 
 def _prepared(plan: Plan, folder: Path):

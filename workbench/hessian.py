@@ -423,7 +423,7 @@ def mean_interval(
     draws = len(samples)
     mean = samples.mean(axis=0)
     if draws < 2:
-        empty = np.full_like(mean, np.nan)
+        empty = mean * np.nan  # a number stays one: full_like would make an array without a length
         return mean, empty, empty, empty
     error = samples.std(axis=0, ddof=1) / np.sqrt(draws)
     half = t.ppf((1 + LEVEL) / 2, draws - 1) * error

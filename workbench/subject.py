@@ -114,6 +114,11 @@ class Subject:
                 "No causal profile: it needs a column `cohort` in the items (the update that first "
                 "held each text, empty for texts never trained on), with both kinds of text."
             )
+        elif not self.suite and (self.items["dose"] > 1).any():
+            lines.append(
+                "All exposures of a text are taken to lie at its `cohort`, the one update that is "
+                "known: where they were spread, lags count from the first."
+            )
         if not self.controlled:
             lines.append(
                 "No held-out texts: what is high may be memory or merely easy text. Add texts with "
@@ -134,12 +139,13 @@ def load_subject(
         run: Which of the suite's runs.
 
     Raises:
-        InputError: A model of the user's without items, or what the loaders refuse.
+        InputError: A model of the user's without items, a dose that is no number of exposures, or
+            what the loaders refuse.
     """
     if model == "suite":
         suite = load_suite(corpus or None)
         if items:
-            return Subject(suite.checkpoints(run), load_items(items), NO_EXPOSURES, suite, run)
+            return Subject(suite.checkpoints(run), *_completed(load_items(items)), suite, run)
         return Subject(suite.checkpoints(run), suite.items(run), suite.exposures(run), suite, run)
     if not items:
         raise InputError(
@@ -150,13 +156,32 @@ def load_subject(
     source = load_checkpoints(
         Path(model).expanduser() if Path(model).expanduser().exists() else model
     )
-    exposures = NO_EXPOSURES
+    return Subject(source, *_completed(frame))
+
+
+def _completed(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The user's items with ``kind`` and ``dose``, which reports ask for, and their ledger."""
     if "cohort" in frame.columns:
         frame["cohort"] = pd.to_numeric(frame["cohort"], errors="coerce")
-        met = frame[frame["cohort"].notna()]
-        exposures = pd.DataFrame({"update": met["cohort"].astype(int), "item": met["item"]})
-    for name, value in (("kind", "text"), ("dose", None)):
-        if name not in frame.columns:
-            met = frame["cohort"].notna() if "cohort" in frame.columns else frame["group"] == "seen"
-            frame[name] = met.astype(int) if value is None else value
-    return Subject(source, frame, exposures)
+    met = frame["cohort"].notna() if "cohort" in frame.columns else frame["group"] == "seen"
+    if "dose" in frame.columns:
+        given = pd.to_numeric(frame["dose"], errors="coerce")
+        bad = frame["dose"].notna() & ~(given >= 0)
+        if bad.any():
+            raise InputError(
+                f"load_subject: dose is {frame['dose'][bad].astype(object).iloc[0]!r} for item "
+                f"{frame['item'][bad].iloc[0]!r}; give numbers of exposures, 0 or more"
+            )
+        frame["dose"] = given.fillna(met.astype(int))
+    else:
+        frame["dose"] = met.astype(int)
+    if "kind" not in frame.columns:
+        frame["kind"] = "text"
+    exposures = NO_EXPOSURES
+    if "cohort" in frame.columns:
+        # of a text met several times only the first update is known: all its exposures lie there,
+        # or it would never have had its dose, and no lag could be told
+        whole = frame["dose"].clip(lower=1).round().astype(int).where(met, 0)
+        ledger = frame.loc[frame.index.repeat(whole), ["cohort", "item"]].reset_index(drop=True)
+        exposures = pd.DataFrame({"update": ledger["cohort"].astype(int), "item": ledger["item"]})
+    return frame, exposures
