@@ -23,8 +23,9 @@ from workbench import (
 )
 from workbench.explore.forgetting import explore_forgetting
 from workbench.explore.measured import Measured, Watched, html_table, plain
+from workbench.explore.picture import themed
 from workbench.explore.profile import cell_gains, explore_profile
-from workbench.explore.shell import Offer, Stopped, View, Work, themed
+from workbench.explore.shell import Offer, Stopped, View, Work
 from workbench.subject import Subject
 from workbench.table import InputError, save, validate
 
@@ -252,7 +253,7 @@ def test_the_gains_of_a_cells_texts_average_to_the_cell(panel, cohort, step, bas
 def test_a_click_chooses_the_cell(profile):
     cells = profile.view.figures["profile"].data[0]
     assert np.asarray(cells.z).shape == (2, len(STEPS))
-    profile._clicked["profile"](STEPS.index(43), 1, None)
+    profile.figures["profile"]._answer(STEPS.index(43), 1, None)
     profile.wait(SECONDS)
     assert profile.values["cohort"] == 40 and profile.values["step"] == 43
     assert "Cohort 40 at checkpoint 43, 3 updates after it was first met" in profile.view.words

@@ -217,12 +217,12 @@ def test_texts_of_which_none_was_exposed_are_drawn(subject):
 def test_a_click_on_a_life_goes_to_its_text_and_checkpoint(subject):
     each = explore(subject)
     rows = each.view.figures["lives"].layout.yaxis.ticktext
-    each._clicked["lives"](11.6, 2.36, None)
+    each.figures["lives"]._answer(11.6, 2.36, None)
     each.wait(SECONDS)
     assert each.values["item"] == rows[2]
     steps = subject.source.steps
     assert each.values["step"] == min(steps, key=lambda step: abs(step - 11.6))
-    each._clicked["course"](0, -3.0, None)
+    each.figures["course"]._answer(0, -3.0, None)
     assert each.wait(SECONDS).values["step"] == 0 and each.values["item"] == rows[2]
 
 

@@ -70,7 +70,7 @@ def shown(each: Explorer, name: str = "figure") -> list:
 
 
 def spec(picture: Picture) -> dict:
-    return json.loads(picture.spec)
+    return {"data": json.loads(picture.traces), "layout": json.loads(picture.frame)}
 
 
 def test_a_view_is_drawn_with_its_words_and_code():
@@ -332,11 +332,14 @@ def test_a_zoom_stays_while_the_axes_mean_the_same():
 
 def test_a_picture_sends_a_figure_once():
     picture, sent = Picture(), []
-    picture.observe(lambda change: sent.append(change.new), "spec")
+    picture.observe(lambda change: sent.append(change.name), ["traces", "frame"])
     figure = line(1)
-    for dark in (False, False, True, True, False):
+    for dark in (False, False, True):
         picture.draw(figure, dark=dark)
-    assert len(sent) == 3 and sent[0] == sent[2]
+    assert sent == ["traces", "frame", "frame"]
+    figure.add_vline(3)  # a mark that moves leaves the traces as they are
+    picture.draw(figure, dark=True)
+    assert sent == ["traces", "frame", "frame", "frame"]
     figure = go.Figure(go.Heatmap(z=np.arange(6.0).reshape(2, 3)))
     picture.draw(figure)
     z = spec(picture)["data"][0]["z"]  # numbers go as bytes
@@ -466,6 +469,37 @@ def test_a_given_subject_gets_a_module_of_its_own(tiny):
     two.source.at(last)
     assert torch.equal(next(early.parameters()), weights)
     assert one.items is items and one.suite is tiny.suite
+
+
+def test_figures_that_are_done_are_shown_while_words_are_made():
+    done, go_on = threading.Event(), threading.Event()
+
+    def draw(values, work):
+        work.show({"one": line(values["number"] + 1)})
+        done.set()
+        go_on.wait(SECONDS)
+        return View({"two": line(7)}, "words")
+
+    each = explorer(draw, figures=("one", "two"))
+    assert done.wait(SECONDS) and shown(each, "one") == [[0, 1]]
+    assert each.figures["two"].figure is None and each.view is None
+    each._foot.dark = True  # what is shown changes with the page, in the last view or not
+    go_on.set()
+    each.wait(SECONDS)
+    each._foot.dark = False
+    light = spec(each.figures["one"])["layout"]["template"]["layout"]["font"]["color"]
+    assert light == "#2a3f5f" and shown(each, "two") == [[0, 7]] and each._words.value == "words"
+
+
+def test_stopped_work_shows_nothing():
+    for newer in (False, True):
+        shown = []
+        work = Work(lambda *_: None, shown.append)
+        work.show({})
+        work.stop(newer=newer)
+        with pytest.raises(Stopped):
+            work.show({})
+        assert len(shown) == 1
 
 
 def test_a_step_of_stopped_work_raises():

@@ -73,8 +73,10 @@ def _parts(name: str, state: dict):
     """What a widget shows, from top to bottom, as the data of outputs."""
     model = state.get(name.removeprefix("IPY_MODEL_"), {})
     values = model.get("state", {})
-    if values.get("spec"):
-        yield {PLOTLY: json.loads(values["spec"])}
+    if values.get("frame"):
+        yield {
+            PLOTLY: {"data": json.loads(values["traces"]), "layout": json.loads(values["frame"])}
+        }
     elif "code" in values and "dark" in values:
         if values["code"]:
             yield {"text/html": f"<pre>{html.escape(values['code'])}</pre>"}

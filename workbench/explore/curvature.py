@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -245,9 +245,12 @@ class _Panel:
         methods = (METHOD, *(BASELINES if baselines else ()))
         shares = {name: self.shares if name == METHOD else RHO[name] for name in methods}
         grid = [(NONE, 1.0), *((name, share) for name in methods for share in shares[name])]
+        figures = self._decomposed(rho, layer)
+        work.show(figures)
         self.ask(grid, work)
         pooled = pd.concat([self.rows[edit] for edit in grid], ignore_index=True)
-        figures = self._figures(pooled, rho, layer, methods)
+        figures |= self._edited(pooled, rho, methods)
+        work.show(figures)
         before, after = self.continuations(1.0, work), self.continuations(rho, work)
         at = self.asked["item"].tolist().index(item)
         words = self._price(pooled, rho) + continuation_words(
@@ -261,28 +264,37 @@ class _Panel:
         )
         return View(figures, words, self._code(rho, layer, shares))
 
-    def _figures(
-        self, pooled: pd.DataFrame, rho: float, layer: tuple[int, str], methods: tuple[str, ...]
-    ) -> dict[str, go.Figure]:
+    def _decomposed(self, rho: float, layer: tuple[int, str]) -> dict[str, go.Figure]:
+        """The figures that need no edit."""
+
         def mask() -> go.Figure:
             block, role = layer
             basis = [b for b in self.bases if (b.layer.block, b.layer.role) == layer]
             stairs = staircase_rows(self.own, basis, sorted({rho, 1.0}))
             return plots.plot_staircase(stairs, block=block, role=role)
 
-        main, cut = self.groups[0], rho if rho < 1 else None
-        made = {
+        cut = rho if rho < 1 else None
+        return self._once({
             ("spectrum", rho): lambda: plots.plot_spectrum(
                 self.spectrum, rho=cut, title=_TITLES["spectrum"]
             ),
             ("mask", rho, layer): mask,
-            ("sweep", rho): lambda: plots.plot_rho_sweep(
+        })  # fmt: skip
+
+    def _edited(
+        self, pooled: pd.DataFrame, rho: float, methods: tuple[str, ...]
+    ) -> dict[str, go.Figure]:
+        main = self.groups[0]
+        return self._once({
+            ("sweep", rho, methods): lambda: plots.plot_rho_sweep(
                 pooled, rho=rho, title=_TITLES["sweep"]
             ).update_layout(legend=_BELOW),
             ("frontier", methods): lambda: plots.plot_edit_sweep(
                 pooled, group=main, title=_TITLES["frontier"].format(main)
             ),
-        }
+        })  # fmt: skip
+
+    def _once(self, made: dict[tuple, Callable[[], go.Figure]]) -> dict[str, go.Figure]:
         for asked, make in made.items():
             if asked not in self.drawn:
                 self.drawn[asked] = make()

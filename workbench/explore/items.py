@@ -349,6 +349,7 @@ class _Panel:
             lambda: plot_curve(self._course(measure, name, work), title=html.escape(title)),
         )
         code.course(measure, title)
+        work.show(figures)  # the scores below may take a pass through the model
         words = [self._count(names, lives, figures), self._about(name, step)]
         words.append(self._scores(name, step, values["ranks"], work))
         return View(figures, "".join(words), code.text())

@@ -42,13 +42,14 @@ class Picture(anywidget.AnyWidget):
 
     Attributes:
         figure: What is shown, None before the first.
-        spec: What the page draws, as JSON.
+        traces, frame: What the page draws, as JSON: the data, and plotly's layout.
     """
 
     _esm = TEMPLATES / "picture.js"
     _code = traitlets.Instance(widgets.Widget).tag(sync=True, **widgets.widget_serialization)
     _version = traitlets.Unicode(plotly.__version__).tag(sync=True)
-    spec = traitlets.Unicode("").tag(sync=True)
+    traces = traitlets.Unicode("").tag(sync=True)
+    frame = traitlets.Unicode("").tag(sync=True)
 
     @traitlets.default("_code")
     def _shared(self) -> _Code:
@@ -63,7 +64,10 @@ class Picture(anywidget.AnyWidget):
     def draw(self, figure: go.Figure, *, dark: bool = False) -> None:
         """Show a figure; nothing is sent where it is shown already."""
         self.figure = figure
-        self.spec = pio.json.to_json_plotly(themed(figure, dark=dark))
+        spec = themed(figure, dark=dark)
+        with self.hold_sync():
+            self.traces = pio.json.to_json_plotly(spec["data"])
+            self.frame = pio.json.to_json_plotly(spec["layout"])
 
     def on_click(self, answer: Callable) -> None:
         """Call ``answer(x, y, trace)`` for a point that is clicked, in whatever is drawn later too."""

@@ -66,8 +66,12 @@ class View:
 class Work:
     """Handed to long work: through it the work tells how far it is and is told to end."""
 
-    def __init__(self, tell: Callable[[str, float | None], None]):
-        self._tell = tell
+    def __init__(
+        self,
+        tell: Callable[[str, float | None], None],
+        show: Callable[[Mapping[str, go.Figure]], None] = lambda figures: None,
+    ):
+        self._tell, self._show = tell, show
         self._stop = threading.Event()
         self._newer = threading.Event()
 
@@ -87,6 +91,16 @@ class Work:
         if self._stop.is_set() or (self._newer.is_set() and not shared):
             raise Stopped
         self._tell(what, share)
+
+    def show(self, figures: Mapping[str, go.Figure]) -> None:
+        """Show figures that are done while the words, or others, take longer.
+
+        Raises:
+            Stopped: Somebody ended the work.
+        """
+        if self._stop.is_set() or self._newer.is_set():
+            raise Stopped
+        self._show(figures)
 
 
 def subject_of(model, items: str = "", corpus: str = "", *, run: str = "base"):
@@ -211,7 +225,7 @@ class Explorer(widgets.VBox):
         self._progress = widgets.HBox([self._bar, stop, self._doing])
         self._progress.layout.visibility = "hidden"  # it keeps its place, so that nothing jumps
         self._foot = Foot()
-        self._foot.observe(lambda _: self._paint(), "dark")
+        self._foot.observe(lambda _: self._repaint(), "dark")
         for control in self.controls.values():
             control.observe(self._changed, "value")
         for picture in self.figures.values():
@@ -306,7 +320,7 @@ class Explorer(widgets.VBox):
                 if values is None:
                     self._idle.set()
                     return
-                self._work = work = Work(self._tell)
+                self._work = work = Work(self._tell, self._paint)
             patience = threading.Timer(WAIT, self._show_progress, [work])
             patience.daemon = True
             patience.start()
@@ -338,15 +352,19 @@ class Explorer(widgets.VBox):
             if self._wish is not None:
                 return  # a newer one is on its way
         self.view = view
-        self._paint()
+        self._paint(view.figures)
         self._words.value = view.words
         self._foot.code = view.code
         self._say("")
 
-    def _paint(self) -> None:
+    def _paint(self, figures: Mapping[str, go.Figure]) -> None:
         with self._painting:
-            for name, figure in self.view.figures.items() if self.view else ():
+            for name, figure in figures.items():
                 self.figures[name].draw(figure, dark=self._foot.dark)
+
+    def _repaint(self) -> None:
+        shown = {name: each.figure for name, each in self.figures.items() if each.figure}
+        self._paint(shown)
 
     def _take(self) -> None:
         self._taken = self._offer

@@ -58,6 +58,7 @@ def plot_life_lines(
     if exposures is not None:
         has_columns("plot_life_lines", {"exposures": exposures}, ("update", "item"))
         met = exposures[exposures["item"].astype(str).isin(row)]
+        met = met.drop_duplicates(["update", "item"])  # a batch may hold a text several times
         ticks = go.Scatter(
             # floats also where none is left, for an empty column of text adds no number
             x=met["update"], y=met["item"].astype(str).map(row).astype(float) + TICKS, mode="markers",

@@ -32,32 +32,34 @@ export default {
     el.append(place);
     const loaded = (globalThis.workbenchPlotly ??= {});
     const plotly = await (loaded[model.get("_version")] ??= load(model));
-    let drawn = null; // the text that is shown
+    let drawn = null; // the texts that are shown
+    let data; // plotly redraws traces whose arrays are others, be they equal: one set is kept
     let work = Promise.resolve();
     const draw = () => {
       work = work.then(async () => {
-        const text = model.get("spec");
+        const [traces, frame] = [model.get("traces"), model.get("frame")];
         // without a width plotly would take one of its own; the observer below comes again
-        if (!text || text === drawn || !place.clientWidth) return;
-        const { data, layout } = JSON.parse(text);
-        const first = drawn === null;
-        drawn = text;
-        await plotly.react(place, data, layout, CONFIG);
+        if (!frame || !place.clientWidth) return;
+        if (drawn && drawn[0] === traces && drawn[1] === frame) return;
+        if (!drawn || drawn[0] !== traces) data = JSON.parse(traces);
+        const first = !drawn;
+        drawn = [traces, frame];
+        await plotly.react(place, data, JSON.parse(frame), CONFIG);
         place.setAttribute("aria-label", place.layout.title?.text ?? "figure");
         if (first) place.on("plotly_click", ({ points: [point] }) =>
           model.send({ click: { x: point.x, y: point.y, trace: point.curveNumber } }));
       }).catch((error) => console.error(error));
     };
-    model.on("change:spec", draw);
+    model.on("change:traces change:frame", draw);
     const watch = new ResizeObserver(() => {
-      if (drawn === null) draw();
+      if (!drawn) draw();
       else if (place.clientWidth) plotly.Plots.resize(place);
     });
     watch.observe(place);
     draw();
     return () => {
       watch.disconnect();
-      model.off("change:spec", draw);
+      model.off("change:traces change:frame", draw);
       plotly.purge(place);
     };
   },
