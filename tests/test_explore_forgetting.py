@@ -185,6 +185,28 @@ def test_points_that_are_held_out_are_hollow_and_time_may_be_even(panel):
     means, fits = by_hand(panel, ["passage x  8"], ["exponential"])
     count = len(means)
     figure = plot_forgetting(means, fits, holdout=0.2, log_x=False)
+    dots = next(trace for trace in figure.data if trace.name == "measured")
+    # of 16 lags .2 is 3.2, so that 3 are held out, as in fit_forgetting
+    ahead = round(0.2 * count)
+    assert list(dots.marker.symbol) == ["circle"] * (count - ahead) + ["circle-open"] * ahead
+    assert figure.layout.xaxis.type == "linear"
+    assert figure.layout.xaxis.title.text == "lag [updates]"
+    plainly = plot_forgetting(means, fits)
+    assert plainly.layout.xaxis.type == "log"
+    assert next(t for t in plainly.data if t.name == "measured").marker.symbol is None
+
+
+def test_many_lags_are_thinned_and_that_is_said():
+    fine = made(items=2, steps=tuple(range(4, 104)), waves=(5,), doses=(4,))
+    explorer = explore_forgetting(table=fine).wait(SECONDS)
+    lags = [lag for _, lag in explorer.controls["span"].options]
+    assert len(lags) <= 40 and lags[0] == 0 and lags[-1] == 98
+    assert f"{len(lags)} of the 99 lags" in explorer.view.words
+    agree(explorer, table=fine)
+
+
+def test_whiskers_and_points_are_light_on_a_dark_page(panel):
+    means, fits = by_hand(panel, ["passage x  8"], ["exponential"], draws=0)
     shown = go.Figure(themed(plot_forgetting(means, fits), dark=True))
     dots = next(trace for trace in shown.data if trace.error_y.array is not None)
     assert dots.marker.color == "#FFFFFF" and dots.error_y.color == "rgba(255,255,255,0.4)"
