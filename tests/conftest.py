@@ -30,6 +30,14 @@ hypothesis.settings.load_profile("workbench")
 torch.set_num_threads(1)  # these models are too small to share, and workers run side by side
 
 
+LONG = ("test_workshop.py", "test_browser.py", "test_engine.py")
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Notebooks and long files first, or one worker is left with them while the others are done."""
+    items.sort(key=lambda item: item.path.suffix != ".ipynb" and item.path.name not in LONG)
+
+
 class Numbers:
     """A tokenizer for texts such as ``"3 4 5"``: each number is its own id."""
 
