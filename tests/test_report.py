@@ -614,3 +614,32 @@ def test_a_cell_that_fails_is_not_run_again(tmp_path):
         == "failed"
     )
     assert count.read_text() == "x"
+
+
+EXPLORER = """\
+import threading, ipywidgets as widgets, plotly.graph_objects as go
+from workbench.explore.shell import Explorer, View
+shown = threading.Event()
+def draw(values, work):
+    shown.wait(60)  # it draws long after its own cell has run
+    return View({"figure": go.Figure(go.Scatter(y=[values["n"], 7]))}, "<b>words</b>", "code = 1")
+each = Explorer("Try", {"n": widgets.IntSlider(3, description="n")}, draw)
+each"""
+
+
+def test_a_report_keeps_explorers_as_they_were_at_its_end(tmp_path):
+    """Who records a notebook hears what comes of the cell that runs, and no thread of another's."""
+    cells = [
+        v4.new_code_cell("results: str = ''", metadata={"tags": ["parameters"]}),
+        v4.new_code_cell(EXPLORER),
+        v4.new_code_cell("shown.set()\neach.wait(60).message"),
+    ]
+    made = run_report(write_notebook(tmp_path, "tries", cells), out=tmp_path / "out")
+    assert made.status == "ok"
+    notebook = nbformat.read(made.folder / "tries.ipynb", as_version=4)
+    assert "widgets" not in notebook.metadata
+    told = [output["data"] for output in notebook.cells[-2].outputs]
+    [figure] = [data[page.PLOTLY] for data in told if page.PLOTLY in data]
+    assert figure["data"][0]["y"] == [3, 7]
+    words = [data["text/html"] for data in told if "text/html" in data]
+    assert words[-2:] == ["<b>words</b>", "<pre>code = 1</pre>"]

@@ -601,7 +601,7 @@ def _execute(plan: Plan, folder: Path, where: str, kernel: _Kernel, log: _Log, s
     with kernel.watched(), _event_loop():
         for attempt in range(1, STARTS + 1):
             try:
-                papermill.execute_notebook(
+                whole = papermill.execute_notebook(
                     notebook,
                     None,
                     kernel_name="python3",
@@ -617,6 +617,8 @@ def _execute(plan: Plan, folder: Path, where: str, kernel: _Kernel, log: _Log, s
                     # a history in the user's home is shared, and locked, by all kernels
                     extra_arguments=["--log-level=CRITICAL", "--HistoryManager.enabled=False"],
                 )
+                if state := whole.metadata.get("widgets"):
+                    notebook.metadata["widgets"] = state
             except OSError:
                 raise
             # papermill's, nbclient's, zmq's: each is a report that failed
