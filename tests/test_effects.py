@@ -10,6 +10,7 @@ from workbench.stats.effects import (
     calibration,
     compare_with_truth,
     item_gains,
+    same_at_every_lag,
     truth_of_others,
     twin_effects,
 )
@@ -77,6 +78,97 @@ def test_mean_gain_of_a_cohort_is_the_causal_estimate(seed):
     cells = memorization_profile(table, draws=10)
     for cell in cells[cells["metric"] == "memorization"].itertuples():
         assert mean[cell.cohort, cell.step] == pytest.approx(cell.value, abs=1e-12)
+
+
+# Three texts, lags 0, 1, 2: a and b are watched at all, the late c at 0 and 1 only.
+LEFT = {"a": [4.0, 3.0, 2.0], "b": [2.0, 2.0, 1.0], "c": [6.0, 6.0, np.nan]}
+
+
+def left(values=LEFT, group="x8"):
+    parts = [
+        rows(
+            "memorization",
+            each,
+            run="one",
+            step=10 + np.arange(3),
+            group=group,
+            item=item,
+            beside={"lag": np.arange(3.0)},
+        )
+        for item, each in values.items()
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_texts_that_leave_a_curve_by_hand():
+    # All: 4, 11/3, 1.5, so lag 2 is 2.17 below lag 1 though a and b fell by 1 there. The same two
+    # texts at every lag: 3, 2.5, 1.5.
+    every = left()
+    assert every.groupby("lag")["value"].mean().tolist() == pytest.approx([4, 11 / 3, 1.5])
+    got = same_at_every_lag(every, least=2)
+    assert got.groupby("lag")["value"].mean().tolist() == [3.0, 2.5, 1.5]
+    assert set(got["item"]) == {"a", "b"} and len(got) == 6
+    assert got.attrs == {"left_out": 1, "changing": [], "dropped": 1}
+
+
+def test_a_curve_with_too_few_texts_left_keeps_all_and_is_named():
+    both = pd.concat([left(), left({k + "2": v for k, v in LEFT.items()}, "x16")])
+    both = both[both["item"] != "b2"]  # of x16 only a2 is watched throughout, of x8 a and b
+    got = same_at_every_lag(both, least=2)
+    assert set(got["item"]) == {"a", "b", "a2", "c2"}
+    assert got.attrs == {"left_out": 1, "changing": ["x16"], "dropped": 2}
+    assert set(same_at_every_lag(both, least=1)["item"]) == {"a", "b", "a2"}
+    nobody = same_at_every_lag(left({"c": LEFT["c"], "d": [np.nan, 1.0, 1.0]}), least=1)
+    assert set(nobody["item"]) == {"c", "d"} and nobody.attrs["changing"] == ["x8"]
+    assert same_at_every_lag(left(), by=(), least=3).attrs["changing"] == ["all"]
+
+
+def test_a_curve_has_its_own_lags_and_metrics_their_own_curves():
+    # Watched up to lag 1 alone, the curve x16 has these two lags and is whole.
+    short = left({"c2": [5.0, 5.0, np.nan], "d2": [3.0, 1.0, np.nan]}, "x16")
+    got = same_at_every_lag(pd.concat([left(), short]), least=2)
+    assert set(got["item"]) == {"a", "b", "c2", "d2"} and got.attrs["changing"] == []
+    by_lag = pd.concat([left(), short]).sort_values("lag", kind="stable")  # rows stay in order
+    assert same_at_every_lag(by_lag, least=2)["lag"].is_monotonic_increasing
+    other = left({"c": [-1.0, -1.0, -1.0]}).assign(metric="log_probability")
+    two = same_at_every_lag(pd.concat([left(), other]), least=1)
+    assert two[two["metric"] == "log_probability"]["item"].tolist() == ["c", "c", "c"]
+    assert "c" not in set(two[two["metric"] == "memorization"]["item"])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 4))
+def test_where_none_leaves_nothing_changes_and_order_does_not_count(seed, least):
+    rng = np.random.default_rng(seed)
+    whole = left({name: list(rng.normal(size=3)) for name in "abcd"})
+    whole.attrs = {"controls": 7}
+    got = same_at_every_lag(whole, least=least)
+    pd.testing.assert_frame_equal(got, whole, check_dtype=False, check_categorical=False)
+    assert got.attrs == {"controls": 7, "left_out": 0, "changing": [], "dropped": 0}
+    holed = whole.drop(index=rng.choice(len(whole), 3, replace=False))
+    there = holed.groupby("item", observed=True)["lag"].agg(set)  # the slow way
+    brute = {str(name) for name, lags in there.items() if lags == set(holed["lag"])}
+    brute = brute if len(brute) >= least else set(holed["item"].astype(str))
+    mixed = same_at_every_lag(holed.sample(frac=1, random_state=seed), least=least)
+    assert set(mixed["item"].astype(str)) == brute
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"x": "age"}, "no column 'age'; there are run, step, group, item, metric, value, lo, hi, n, lag"),
+        ({"by": ["dose"]}, "no column 'dose'; there are run, step, group, item, metric, value, lo, hi, n, lag"),
+        ({"least": 0}, "least is 0, it must be at least 1"),
+    ],
+)  # fmt: skip
+def test_same_at_every_lag_refuses(given, message):
+    with pytest.raises(InputError, match=f"^same_at_every_lag: {message}$"):
+        same_at_every_lag(left(), **given)
+    with pytest.raises(
+        InputError,
+        match=r"^same_at_every_lag: 3 rows are pooled already \(item is all\); give item rows$",
+    ):
+        same_at_every_lag(left({"all": [1.0, 1.0, 1.0]}))
 
 
 def test_twin_effect_by_hand_and_only_where_the_twin_never_trained_on_the_item():

@@ -5,12 +5,14 @@ import threading
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import workbench.explore.curvature as curvature
-from workbench import explore_curvature, load_subject, probe_curvature
+from workbench import explore_curvature, load_subject, plot_rho_sweep, probe_curvature
 from workbench.explore.curvature import continuation_words
 from workbench.models import LanguageModel
+from workbench.probes.curvature import each_edit, edit_rows, text_tokens
 from workbench.suite import Suite
 from workbench.table import InputError
 
@@ -250,7 +252,7 @@ def test_a_model_of_the_users_that_recites_nothing(tmp_path, model_folder, corpu
 
 
 def test_shares_are_refused_before_anything_is_loaded():
-    for rho in ((), (1.0,), (0.0, 0.5), (1.5,)):
+    for rho in ((), (1.0,), (0.0, 0.5), (1.5,), (0.5, float("nan")), (float("nan"), 0.5)):
         with pytest.raises(InputError, match="explore_curvature: rho is .*, needs shares between"):
             explore_curvature(rho=rho)
 
@@ -289,3 +291,101 @@ def test_stairs_are_those_asked_for(subject):
         rho={"kfac": (0.9,)}, stairs=(0.7, 1.0), prefix=4, suffix=4,
     )  # fmt: skip
     assert set(table.loc[table["metric"] == "kept_inputs", "rho"]) == {0.7, 1.0}
+
+
+def test_texts_too_short_are_counted_and_the_code_asks_for_the_same(tmp_path, model_folder):
+    """Of five texts asked, the first three, of another group, are too short: two are left."""
+    texts = tmp_path / "texts.csv"
+    long = [f"Many a text was met by none of us {n} times,seen" for n in range(6)]
+    texts.write_text("text,group\n" + "\n".join(["a,drip", "b,drip", "c,drip", *long]))
+    with warnings.catch_warnings(record=True):
+        each = explore_curvature(model_folder, texts, **SMALL).wait(SECONDS)
+        assert each.message == ""
+        words = each.view.words
+        assert "Recited: 0 of 2 in seen. " in words
+        assert "4 further texts are not asked; raise most to ask them." in words
+        assert "3 are shorter than 8 tokens." in words
+        assert "No corpus was given: factors and perplexity are those of verses of" in words
+        assert "(95 % interval " in words
+        made = {}
+        exec(each.code, made)  # also where the model and the texts are given as paths
+    for name, figure in made["figures"].items():
+        assert same(figure, each.view.figures[name]), name
+
+
+def test_texts_that_are_not_recited_are_left_out_and_counted(subject, monkeypatch):
+    found = curvature.recited_items
+
+    def first_two(model, items, **more):
+        asked = found(model, items, **more)
+        items = items[items["group"].isin(more["groups"])]
+        two = items.head(2)
+        two.attrs = {"not_recited": len(items) - 2, "dropped": 0}
+        assert set(asked.attrs) == set(two.attrs)
+        return two
+
+    monkeypatch.setattr(curvature, "recited_items", first_two)
+    words = explorer(subject).wait(SECONDS).view.words
+    lost = subject.items["group"].isin(curvature.GROUPS).sum() - 2
+    assert f"{lost} more, which the unedited model does not recite, are not asked." in words
+    assert "recites none" not in words and "further texts" not in words and "corpus" not in words
+
+
+def test_the_rows_of_each_edit_are_those_of_all_and_the_first_is_the_unedited_model(subject):
+    model = subject.source.at(subject.source.steps[-1])
+    texts = ["In the beginning was the word and the word was good."] * 9
+    tokens = text_tokens(model, ["", *texts], "texts")
+    assert len(tokens) == 9 and all(2 <= len(each) <= model.context for each in tokens)
+    bases = curvature.decompose(curvature.collect_factors(model, tokens, progress=False))
+    asked = {"held_out": tokens[:3], "prefix": 4, "suffix": 4, "seed": 3}
+    items = subject.items.head(6)
+    grid = [("kfac", 0.9), ("svd", 0.5)]
+    before, parts = weights(model), []
+    for rows in each_edit(model, bases, items, grid=iter([("none", 1.0), *grid]), **asked):
+        assert equal_bits(weights(model), before)
+        parts.append(rows)
+    whole = edit_rows(model, bases, items, grid=grid, **asked)
+    pd.testing.assert_frame_equal(pd.concat(parts, ignore_index=True), whole)
+    for rows, (method, share) in zip(parts, [("none", 1.0), *grid], strict=True):
+        assert set(zip(rows["method"], rows["rho"], strict=True)) == {(method, share)}
+        # exp of the mean loss, and its ratio to that of the first rows
+        price = rows.set_index("metric")["value"]
+        own = parts[0].set_index("metric")["value"]["perplexity"]
+        assert price["perplexity_ratio"] == pytest.approx(price["perplexity"] / own)
+    with pytest.raises(InputError) as told:
+        next(each_edit(model, bases, items, grid=grid, **asked))
+    assert str(told.value) == (
+        "probe_curvature: the grid begins with kfac; prices are told against the unedited model, "
+        "so ('none', 1.0) must be the first"
+    )
+
+
+def test_what_is_no_list_of_usable_texts_is_refused(subject):
+    model = subject.source.at(subject.source.steps[-1])
+    with pytest.raises(InputError, match="^probe_curvature: texts is one text, needs a list of"):
+        text_tokens(model, "one text", "texts")
+    with pytest.raises(InputError, match="^probe_curvature: held_out has 2 texts, none of two"):
+        text_tokens(model, ["", ""], "held_out")
+    long = "and it was so " * model.context
+    (cut,) = text_tokens(model, [long], "texts")
+    np.testing.assert_array_equal(cut, model.encode([long])[0][: model.context])
+    with pytest.warns(UserWarning, match="probe_curvature: dropped 1 of 2 texts that are shorter"):
+        text_tokens(model, ["", long], "texts")
+
+
+def test_the_mark_in_a_sweep_stands_at_its_edit(subject):
+    each = explorer(subject, rho=(0.9, 0.7, 0.5)).wait(SECONDS)
+    for rho, place in ((1.0, 0), (0.7, 2), (0.5, 3)):
+        each.set(rho=rho)
+        figures = each.wait(SECONDS).view.figures
+        marks = [s.x0 for s in figures["sweep"].layout.shapes if s.line.dash == "dash"]
+        assert marks == [place, place]  # one a panel
+        cut = [s.y0 for s in figures["spectrum"].layout.shapes]
+        assert cut == ([rho] if rho < 1 else [])
+    made = {"subject": subject}
+    exec(each.code, made)
+    with pytest.raises(InputError) as told:
+        plot_rho_sweep(made["table"], rho=0.6)
+    assert str(told.value) == (
+        "plot_rho_sweep: no edit by kfac keeps 0.6; there are 1, 0.9, 0.7, 0.5"
+    )

@@ -212,6 +212,17 @@ def test_whiskers_and_points_are_light_on_a_dark_page(panel):
     assert dots.marker.color == "#FFFFFF" and dots.error_y.color == "rgba(255,255,255,0.4)"
 
 
+def test_one_curve_that_is_refused_leaves_the_fits_of_the_others(panel):
+    short = panel[~((panel["dose"] == 2) & (panel["lag"] > 3))]
+    explorer = explore_forgetting(table=short).wait(SECONDS)
+    assert explorer.message == "" and len(explorer.values["groups"]) == 2
+    words = explorer.view.words
+    assert words.count("passage x  2: ") == 1 and "fit_forgetting" in words
+    _, fits = by_hand(short, ["passage x  8"], list(explorer.values["laws"]))
+    assert shown(explorer, "laws") == drawn(plot_laws(fits, metric="weight"))
+    agree(explorer, table=short)
+
+
 # --- the profile ----------------------------------------------------------------------------------
 
 
@@ -245,6 +256,12 @@ def test_the_gains_of_a_cells_texts_average_to_the_cell(panel, cohort, step, bas
     wide = panel.pivot_table(index="item", columns="step", values="value", observed=True)
     first = gains.iloc[0]
     assert first["now"] == wide.loc[first["item"], step]
+
+
+def test_a_frame_that_moves_leaves_the_map_as_it_is_made_anew(panel, profile):
+    for cohort, step in ((10.0, 50), (40.0, 15), (40.0, 30), (10.0, 10)):
+        profile.set(cohort=cohort, step=step)
+        agree(profile.wait(SECONDS), table=panel)
 
 
 def test_a_click_chooses_the_cell(profile):

@@ -226,3 +226,75 @@ def test_every_control_is_described(folder):
     each = explore_runs(folder).wait(SECONDS)
     for control in each.controls.values():
         assert control.description and control.tooltip
+
+
+def test_a_table_that_is_gone_meanwhile_is_said_and_drawn_no_more(tmp_path):
+    for name in ("a", "b"):
+        save(validate(curve(0.5, 0.6)), tmp_path / f"{name}.parquet")
+    each = explore_runs(tmp_path).wait(SECONDS)
+    assert lines(each.view) == ["a", "b"]
+    (tmp_path / "a.parquet").unlink()
+    each.set(log=True)
+    assert lines(each.wait(SECONDS).view) == ["b"]
+    assert "✗ a is broken: its table is gone; read again" in each.view.words
+
+
+def test_a_name_of_a_line_keeps_all_digits_and_is_no_mark_up(tmp_path):
+    # a count that one table lacks becomes a float: 1000001 and 1000002 must stay two lines
+    parts = [
+        curve(0.5, 0.6, group="<b>g", position=at) for at in (1_000_001, 1_000_002)
+    ]  # fmt: skip
+    save(validate(pd.concat(parts)), tmp_path / "a.parquet")
+    save(validate(curve(0.4, 0.5)), tmp_path / "b.parquet")
+    each = explore_runs(tmp_path).wait(SECONDS)
+    assert each.message == ""
+    assert lines(each.view) == [
+        "a, group=&lt;b&gt;g, position=1000001",
+        "a, group=&lt;b&gt;g, position=1000002",
+        "b, group=seen",
+    ]
+
+
+def test_the_figure_of_key_numbers_by_hand():
+    # two numbers of two reports; the second report lacks the second number
+    numbers = pd.DataFrame(
+        [
+            ["r<1>", "AUC", 0.75, 0.5, 0.875, "7", "", "auc"],
+            ["r2", "AUC", 0.25, 0.125, 0.5, "9", "", "auc"],
+            ["r<1>", "a price that is long enough for <two> lines", 3.0, 2.0, 5.0, "7",
+             "nats", "perplexity"],
+        ],
+        columns=["report", "label", "value", "lo", "hi", "n", "unit", "metric"],
+    )  # fmt: skip
+    figure = plot_key_numbers(numbers, title="t")
+    drawn = [(t.name, t.xaxis or "x", list(t.x), list(t.y)) for t in figure.data]
+    assert drawn == [
+        ("r&lt;1&gt;", "x", [0.75], ["r&lt;1&gt;"]), ("r2", "x", [0.25], ["r2"]),
+        ("r&lt;1&gt;", "x2", [3.0], ["r&lt;1&gt;"]), ("r2", "x2", [], []),
+    ]  # fmt: skip
+    first = figure.data[0]
+    assert (list(first.error_x.array), list(first.error_x.arrayminus)) == ([0.125], [0.25])
+    assert first.customdata.tolist() == [["7"]]
+    # beside colours the markers differ, and each report has its name on the axis
+    assert [t.marker.symbol for t in figure.data] == ["circle", "square"] * 2
+    assert [t.marker.color for t in figure.data] == ["#0072B2", "#D55E00"] * 2
+    assert list(figure.layout.yaxis.categoryarray) == ["r2", "r&lt;1&gt;"]  # the first on top
+    assert figure.layout.xaxis.range == (-0.04, 1.04) and figure.layout.xaxis2.range is None
+    assert figure.layout.xaxis2.title.text == "nats"
+    chance = [(s.xref, s.x0, s.x1) for s in figure.layout.shapes]
+    assert chance == [("x", 0.5, 0.5)]  # of the AUC; a perplexity has none
+    assert [a.text for a in figure.layout.annotations] == [
+        "AUC", "a price that is long enough<br>for &lt;two&gt; lines"
+    ]  # fmt: skip
+
+
+def test_key_numbers_stand_three_beside_one_another():
+    named = pd.DataFrame({"label": list("abcd"), "value": [1.0, 2.0, 3.0, 4.0], "report": "r"})
+    numbers = named.assign(lo=0.0, hi=9.0, n="1", unit="nats", metric="perplexity")
+    figure = plot_key_numbers(numbers)
+    assert [trace.xaxis for trace in figure.data] == ["x", "x2", "x3", "x4"]
+    assert figure.layout.xaxis4.domain[0] == figure.layout.xaxis.domain[0]
+    assert figure.layout.yaxis4.domain[1] < figure.layout.yaxis.domain[0]
+    thirteen = pd.concat([numbers[:1].assign(label=f"{n}") for n in range(13)])
+    with pytest.raises(InputError, match="plot_key_numbers: 13 key numbers, a page shows 1 to 12"):
+        plot_key_numbers(thirteen)

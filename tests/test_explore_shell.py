@@ -12,6 +12,7 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 import torch
+from ipywidgets.widgets.widget import _instances
 from traitlets import TraitError
 
 from workbench.explore.picture import Picture, themed
@@ -210,6 +211,9 @@ def test_progress_is_shown_only_to_those_who_wait():
             "explore: nothing is <left>; widen it",
         ),
         (ValueError("two\n  lines"), "ValueError: two lines"),
+        (InputError("load: three\n\nlines"), "load: three lines"),
+        (ValueError("x" * 600), f"ValueError: {'x' * 488} …"),  # 500 characters and a mark
+        (MemoryError(), "MemoryError"),
         (FileNotFoundError(2, "gone", "w"), "FileNotFoundError: [Errno 2] gone: 'w'"),
         (SystemExit("bye"), "SystemExit: bye"),
     ],
@@ -510,3 +514,108 @@ def test_a_step_of_stopped_work_raises():
     with pytest.raises(Stopped):
         work.step("more")
     assert told == [("reading", 0.25)]
+
+
+def test_stopped_while_a_newer_wish_waits_shows_no_older_one():
+    # 1 is at work and never asks whether to end, 2 waits for it; stopped, neither is shown
+    begun, go_on = threading.Event(), threading.Event()
+
+    def deaf(values, work):
+        if values["number"] == 1:
+            begun.set()
+            go_on.wait(SECONDS)
+        return plain(values, work)
+
+    each = explorer(deaf).wait(SECONDS)
+    each.set(number=1)
+    assert begun.wait(SECONDS)
+    each.set(number=2)
+    each.stop()
+    go_on.set()
+    assert each.wait(SECONDS).message.startswith("Stopped;")
+    assert shown(each) == [[0, 0]] and each.code == "number = 0"
+
+
+def test_a_theme_that_changes_while_a_figure_is_painted_keeps_the_new_figure(monkeypatch):
+    each = explorer().wait(SECONDS)
+    inside, go_on, draw = threading.Event(), threading.Event(), Picture.draw
+
+    def slow(picture, figure, **more):
+        if not inside.is_set():
+            inside.set()
+            go_on.wait(SECONDS)
+        draw(picture, figure, **more)
+
+    monkeypatch.setattr(Picture, "draw", slow)
+    each.set(number=9)
+    assert inside.wait(SECONDS)
+    page = threading.Thread(target=lambda: setattr(each._foot, "dark", True))
+    page.start()
+    time.sleep(0.2)  # the page waits for the figure that is being painted
+    go_on.set()
+    page.join(SECONDS)
+    assert shown(each.wait(SECONDS)) == [[0, 9]]
+    assert (
+        spec(each.figures["figure"])["layout"]["template"]["layout"]["font"]["color"] == "#f2f5fa"
+    )
+
+
+def test_quiet_is_who_asked_for_it_and_not_the_page():
+    each = explorer().wait(SECONDS)
+    with each.quietly():
+        with each.quietly():
+            pass
+        each.controls["number"].value = 3  # still quiet
+        assert each.wait(SECONDS).code == "number = 0"
+        page = threading.Thread(target=lambda: setattr(each.controls["number"], "value", 4))
+        page.start()
+        page.join(SECONDS)
+        assert each.wait(SECONDS).code == "number = 4"
+    each.controls["number"].value = 5
+    assert each.wait(SECONDS).code == "number = 5"
+
+
+def test_a_click_that_cannot_be_answered_is_one_line():
+    each = explorer().wait(SECONDS)
+    each.on_click("figure", lambda x, y, trace: each.set(number="many"))
+    click(each.figures["figure"], 1)
+    assert each.message.startswith("TraitError: ") and "\n" not in each.message
+    assert shown(each) == [[0, 0]]
+    each.set(number=2)
+    assert each.wait(SECONDS).message == ""
+
+
+def test_a_closed_explorer_leaves_no_widget_and_ends_its_work():
+    explorer().wait(SECONDS).close()  # all pictures share a plotly, which stays
+    before = set(_instances)
+    gate = Gate()
+    each = Explorer("t", {"number": slider()}, gate)
+    gate.started.acquire(timeout=SECONDS)
+    each.close()
+    each.wait(SECONDS)
+    assert gate.done == [] and set(_instances) == before
+    each.close()  # once more is no error
+    gate.open.set()
+    again = explorer().wait(SECONDS)
+    assert again.message == "" and Picture()._code.comm is not None
+
+
+def test_training_that_dies_in_silence_is_said(monkeypatch):
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        "workbench.explore.shell.subprocess.Popen",
+        lambda command, **more: popen([sys.executable, "-c", "raise SystemExit(9)"], **more),
+    )
+    with pytest.raises(InputError) as told:
+        _train_suite("", Work(lambda *_: None))
+    assert str(told.value) == ("explore: training the suite ended with status 9: it said nothing")
+
+
+def test_a_figure_keeps_its_own_ground_and_the_black_on_it():
+    # the grey of a heat map's cells without an estimate, beside white, which is 0
+    figure = line(1, line_color="#000000").update_layout(plot_bgcolor="#D9D9D9")
+    for dark in (False, True):
+        got = themed(figure, dark=dark)
+        assert got["layout"]["plot_bgcolor"] == "#D9D9D9"
+        assert got["layout"]["paper_bgcolor"] == "rgba(0,0,0,0)"
+        assert got["data"][0]["line"]["color"] == "#000000"

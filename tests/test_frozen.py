@@ -90,3 +90,58 @@ def test_freeze_writes_beside_and_refuses_what_holds_nothing(explorer, tmp_path)
     )
     with pytest.raises(InputError, match=r"^freeze: cannot read .*nowhere\.ipynb as a notebook"):
         freeze(tmp_path / "nowhere.ipynb")
+
+
+def test_an_explorer_that_never_drew_leaves_its_line():
+    def draw(values, work):
+        raise InputError("explore: one <checkpoint>; give several")
+
+    each = Explorer("Try", {"n": widgets.IntSlider(description="n")}, draw).wait(20)
+    notebook = saved(each)
+    assert freeze_widgets(notebook) == 1
+    words = [o["data"]["text/html"] for o in notebook.cells[0].outputs if "text/html" in o["data"]]
+    assert words == [
+        "<h3 style='margin:0'>Try</h3>",
+        "<div>n: 0</div>",
+        "<div role='alert'>⚠ explore: one &lt;checkpoint&gt;; give several</div>",
+    ]
+
+
+def test_other_widgets_that_have_a_frame_too_are_left():
+    notebook = saved(widgets.VBox([widgets.IntSlider(description="lone")]))
+    for model in notebook.metadata["widgets"][STATE]["state"].values():
+        model["state"]["frame"] = "of another kind"
+    before = copy.deepcopy(notebook.cells)
+    assert freeze_widgets(notebook) == 0 and notebook.cells == before
+
+
+def test_choices_and_nothing_chosen_are_told(explorer):
+    controls = {
+        "many": widgets.SelectMultiple(description="many", options="abc", value=("a", "c")),
+        "none": widgets.SelectMultiple(description="none", options="abc"),
+        "dark": widgets.Dropdown(description="<b>", options=["x"]),
+    }
+    notebook = saved(Explorer("Try", controls, explorer._draw).wait(20))
+    freeze_widgets(notebook)
+    words = [o["data"].get("text/html") for o in notebook.cells[0].outputs]
+    assert words[1:4] == ["<div>many: a, c</div>", "<div>none: </div>", "<div>&lt;b&gt;: x</div>"]
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{}", "not JSON", '"text"'])
+def test_what_is_no_notebook_is_refused_in_one_line(text, tmp_path):
+    path = tmp_path / "no.ipynb"
+    path.write_text(text)
+    with pytest.raises(InputError) as told:
+        freeze(path)
+    assert str(told.value).startswith(f"freeze: cannot read {path} as a notebook (")
+    assert "\n" not in str(told.value)
+
+
+def test_freeze_writes_where_it_is_told_and_a_value_is_no_mark_up(tmp_path):
+    controls = {"find": widgets.Text(description="find", value="<i>")}
+    each = Explorer("Try", controls, lambda values, work: View()).wait(20)
+    nbformat.write(saved(each), tmp_path / "a.ipynb")
+    told = freeze(tmp_path / "a.ipynb", tmp_path / "b.ipynb")
+    assert told == tmp_path / "b.ipynb"
+    outputs = nbformat.read(told, as_version=4).cells[0].outputs
+    assert outputs[1]["data"]["text/html"] == "<div>find: &lt;i&gt;</div>"

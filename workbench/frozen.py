@@ -31,8 +31,10 @@ def freeze(path: str | Path, out: str | Path = "") -> Path:
     path = Path(path)
     try:
         notebook = nbformat.read(path, as_version=4)
-    except (OSError, ValueError) as error:
-        raise InputError(f"freeze: cannot read {path} as a notebook ({error})") from None
+    # the last three: of JSON that is no notebook at all, which nbformat takes for an old one
+    except (OSError, ValueError, AttributeError, TypeError, nbformat.ValidationError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"freeze: cannot read {path} as a notebook ({reason})") from None
     if not freeze_widgets(notebook):
         raise InputError(
             f"freeze: {path} holds no state of an explorer; switch on Settings > Save Widget State "
@@ -47,8 +49,10 @@ def freeze(path: str | Path, out: str | Path = "") -> Path:
 def freeze_widgets(notebook) -> int:
     """Put figures and words in place of explorers, and drop the state of all widgets.
 
+    An explorer that never drew, for something was lacking, leaves the line that says so.
+
     Returns:
-        How many explorers were found. Other widgets are left as they are.
+        How many explorers were found. Outputs of other widgets are left as they are.
     """
     from nbformat.v4 import new_output
 
@@ -58,21 +62,29 @@ def freeze_widgets(notebook) -> int:
         kept = []
         for output in cell.get("outputs", []):
             top = output.get("data", {}).get(VIEW, {}).get("model_id", "")
-            parts = list(_parts(top, state))
-            if not any(PLOTLY in part for part in parts):
+            if not _is_explorer(top, state):
                 kept.append(output)
                 continue
             found += 1
-            kept += [new_output("display_data", data=part) for part in parts]
+            kept += [new_output("display_data", data=part) for part in _parts(top, state)]
         if "outputs" in cell:
             cell.outputs = kept
     return found
 
 
+def _values(name: str, state: dict) -> dict:
+    return state.get(name.removeprefix("IPY_MODEL_"), {}).get("state", {})
+
+
+def _is_explorer(name: str, state: dict) -> bool:
+    """Whether it is a box that ends in the code of its view, as only explorers do."""
+    below = [_values(child, state) for child in _values(name, state).get("children") or ()]
+    return bool(below) and {"code", "dark"} <= set(below[-1])
+
+
 def _parts(name: str, state: dict):
     """What a widget shows, from top to bottom, as the data of outputs."""
-    model = state.get(name.removeprefix("IPY_MODEL_"), {})
-    values = model.get("state", {})
+    values = _values(name, state)
     if values.get("frame"):
         yield {
             PLOTLY: {"data": json.loads(values["traces"]), "layout": json.loads(values["frame"])}
@@ -92,5 +104,5 @@ def _parts(name: str, state: dict):
         yield {
             "text/html": f"<div>{html.escape(values['description'])}: {html.escape(labels)}</div>"
         }
-    for child in values.get("children", ()):
+    for child in values.get("children") or ():
         yield from _parts(child, state)

@@ -73,9 +73,12 @@ def explore_curvature(
         prefix, suffix: Tokens of the prompt and of the continuation.
         most: Recited texts asked under each edit; of more, the first.
         seed: Of sampling and bootstrap.
+
+    Raises:
+        InputError: Shares outside (0, 1). Whatever else cannot be used is the explorer's line.
     """
     shares = sorted({float(share) for share in rho} - {1.0}, reverse=True)
-    if not shares or shares[-1] <= 0 or shares[0] > 1:
+    if not shares or not all(0 < share < 1 for share in shares):
         raise InputError(f"explore_curvature: rho is {list(rho)}, needs shares between 0 and 1")
     wide = {"width": "max-content"}
     start = min(shares, key=lambda share: abs(share - START))
@@ -99,7 +102,7 @@ def explore_curvature(
         ),
     }
     panel = _Panel(
-        model, items, corpus, step=step, roles=roles, blocks=blocks, shares=tuple(shares),
+        model if isinstance(model, Subject) else str(model), str(items), str(corpus), step=step, roles=roles, blocks=blocks, shares=tuple(shares),
         texts=texts, held_out=held_out, prefix=prefix, suffix=suffix, most=most, seed=seed,
     )  # fmt: skip
 
@@ -135,10 +138,12 @@ class _Panel:
     seed: int
     subject: Subject | None = None
     own: LanguageModel | None = None
-    groups: list[str] = field(default_factory=list)
+    sought: list[str] = field(default_factory=list)  # groups whose texts may be recited
+    groups: list[str] = field(default_factory=list)  # those of the texts that are asked
     asked: pd.DataFrame | None = None
     recites: bool = True
     left_out: int = 0
+    lost: dict[str, int] = field(default_factory=dict)  # texts, by the reason, as recited_items has
     tokens: Int[np.ndarray, "item pos"] | None = None
     held: list[np.ndarray] = field(default_factory=list)
     bases: list[Basis] = field(default_factory=list)
@@ -198,19 +203,20 @@ class _Panel:
         # a module of its own, by subject_of: who else reads the run must never meet an edit
         self.own = given.source.at(self.step)
         self.subject = given
-        self.groups = [name for name in GROUPS if (given.items["group"] == name).any()] or ["seen"]
+        self.sought = [name for name in GROUPS if (given.items["group"] == name).any()] or ["seen"]
         with _stoppable(self.own, work, "looking for texts that are recited"):
-            found = recited_items(self.own, given.items, groups=self.groups, **self.length)
-        self.recites = bool(found["group"].isin(self.groups).any())
+            found = recited_items(self.own, given.items, groups=self.sought, **self.length)
+        self.lost = dict(found.attrs)
+        self.recites = bool(found["group"].isin(self.sought).any())
         if not self.recites:
             found = given.items
-        found = found[found["group"].isin(self.groups)]
+        found = found[found["group"].isin(self.sought)]
         self.left_out = max(0, len(found) - self.most)
         kept = found.head(self.most)
         self.tokens, self.asked = cut_items(
             self.own, kept, self.prefix + self.suffix, asker="explore_curvature"
         )
-        self.groups = [name for name in self.groups if (self.asked["group"] == name).any()]
+        self.groups = [name for name in self.sought if (self.asked["group"] == name).any()]
 
     def ask(self, grid: list[tuple[str, float]], work: Work) -> None:
         """Make the edits that were not made yet; each is over before the next begins."""
@@ -316,12 +322,26 @@ class _Panel:
             notes.append("The unedited model recites none of these texts to begin with.")
         if self.left_out:
             notes.append(f"{self.left_out} further texts are not asked; raise most to ask them.")
+        if self.recites and self.lost["not_recited"]:
+            notes.append(
+                f"{self.lost['not_recited']} more, which the unedited model does not recite, are "
+                "not asked."
+            )
+        if self.lost["dropped"]:
+            notes.append(
+                f"{self.lost['dropped']} are shorter than {self.prefix + self.suffix} tokens."
+            )
+        if self.subject.suite is None and not self.corpus:
+            notes.append(
+                "No corpus was given: factors and perplexity are those of verses of the World "
+                "English Bible."
+            )
         return (
             f"<p>{'No edit' if rho == 1 else f'The edit keeps {kept:.1%} of the components'}. "
             f"Recited: {', '.join(recited)}. "
             f"Perplexity {value['perplexity', 'held-out']['value']:.4g}, "
             f"{ratio['value']:.3f} times that of the unedited model "
-            f"({ratio['lo']:.3f} to {ratio['hi']:.3f}). "
+            f"(95 % interval {ratio['lo']:.3f} to {ratio['hi']:.3f}). "
             f"{' '.join(notes)}</p>"
         )
 
@@ -333,7 +353,7 @@ class _Panel:
             given += [f"corpus={self.corpus!r}"] if self.corpus else []
             subject = f"subject = load_subject({', '.join(given)})"
         length = f"prefix={self.prefix}, suffix={self.suffix}"
-        recited = f"asked = recited_items(model, subject.items, groups={self.groups}, {length})"
+        recited = f"asked = recited_items(model, subject.items, groups={self.sought}, {length})"
         edits = {name: list(values) for name, values in shares.items()}
         return f"""from workbench import curvature_texts, load_subject, probe_curvature, recited_items
 from workbench import plot_edit_sweep, plot_rho_sweep, plot_spectrum, plot_staircase
@@ -341,7 +361,7 @@ from workbench import plot_edit_sweep, plot_rho_sweep, plot_spectrum, plot_stair
 {subject}
 model = subject.source.at({self.step})
 {recited if self.recites else "asked = subject.items"}
-asked = asked[asked["group"].isin({self.groups})].head({self.most})
+asked = asked[asked["group"].isin({self.sought})].head({self.most})
 texts, held_out = curvature_texts(
     subject.suite, {self.corpus!r}, texts={self.texts}, held_out={self.held_out}, seed={self.seed}
 )
@@ -394,7 +414,8 @@ def continuation_words(
 ) -> str:
     """A prompt, its true continuation and what was said instead, by name; HTML.
 
-    The text's own tokens are underlined, others struck dotted, and both are counted.
+    The text's own tokens have a solid line below and others a dotted one, so that no colour is
+    needed to tell them apart; how many are the text's own is counted.
     """
     lines = [("prompt", "", _escaped(model, prompt)), ("the text", "", _escaped(model, truth))]
     for name, tokens in said.items():
@@ -404,7 +425,7 @@ def continuation_words(
     cells = "".join(
         f"<tr><th style='text-align:left;white-space:nowrap;padding-right:1em'>{name}</th>"
         f"<td style='white-space:nowrap;padding-right:1em'>{count}</td>"
-        f"<td style='text-align:left;font-family:monospace;white-space:pre-wrap'>{text}</td></tr>"
+        f"<td dir='auto' style='text-align:start;font-family:monospace;white-space:pre-wrap'>{text}</td></tr>"
         for name, count, text in lines
     )
     return (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -89,7 +91,6 @@ class _Forgetting:
     def __init__(self, measured: Measured, seed: int):
         self._measured = measured
         self._seed = seed
-        self._gains: pd.DataFrame | None = None
         self._lags: list[float] = []
         self._all_lags = 0
         self._rows: dict[str, pd.DataFrame] = {}  # of each group, after the last exposure
@@ -150,18 +151,13 @@ class _Forgetting:
         names = [name for name in names if len(self._part(name, values["cohort"]))]
         if not names:
             raise InputError("First met: none of the chosen texts was met then; choose others")
-        fits, refused = {}, {}
-        for done, name in enumerate(names):
-            work.step(f"fitting {name}", done / len(names))
-            try:
-                fits[name] = self._fits(name, values)
-            except InputError as reason:
-                refused[name] = str(reason)
+        work.step("fitting the laws", 0.1)
+        fits, refused = self._fits(names, values, work)
         work.step("drawing", 0.9)
         return self._view(values, names, fits, refused)
 
     def _read(self, work: Work) -> None:
-        if self._gains is None:
+        if not self._rows:
             outcome = self._measured.read(work)
             work.step("comparing with texts never trained on", 0.8)
             gains = item_gains(outcome, strata=["kind"])
@@ -177,18 +173,16 @@ class _Forgetting:
             lags = subject.lags(after) if subject else sorted(after["lag"].unique())
             self._all_lags, self._lags = len(lags), _thinned(lags)
             after = after[after["lag"].isin(self._lags)]
-            self._rows = {str(n): part for n, part in after.groupby("group", observed=True)}
+            rows = {str(n): part for n, part in after.groupby("group", observed=True)}
             self._all = {str(n): part for n, part in gains.groupby("group", observed=True)}
-            self._gains = gains
-        self._fill()
+            self._fill(rows, sorted(gains[self._measured.clock].dropna().unique()))
+            self._rows = rows
 
-    def _fill(self) -> None:
-        one = [part.iloc[0] for part in self._rows.values()]
+    def _fill(self, rows: dict[str, pd.DataFrame], cohorts: list[float]) -> None:
+        one = [part.iloc[0] for part in rows.values()]
         order = sorted(one, key=lambda row: (str(row["kind"]), row["dose"]))
         names = [str(row["group"]) for row in order]
-        fill(self.controls["groups"], names, _first_shown(order, self._rows))
-        clock = self._measured.clock
-        cohorts = sorted(self._gains[clock].dropna().unique())
+        fill(self.controls["groups"], names, _first_shown(order, rows))
         options = [("all", ALL), *((f"update {cohort:g}", float(cohort)) for cohort in cohorts)]
         fill(self.controls["cohort"], options, ALL)
         lags = [(f"{lag:g}", float(lag)) for lag in self._lags]
@@ -215,16 +209,34 @@ class _Forgetting:
 
         return self._keep(("means", name, across, cohort), make)
 
-    def _fits(self, name: str, values: dict) -> pd.DataFrame:
-        part = self._part(name, values["cohort"])
-        part = part[part["lag"].between(*values["span"])]
+    def _fits(self, names: list[str], values: dict, work: Work) -> tuple[dict, dict]:
+        """The fits of each curve, and why others have none; all that are new are one batch."""
         given = {key: values[key] for key in ("laws", "draws", "holdout")}
 
-        def make() -> pd.DataFrame:
+        def key(name: str) -> tuple:
+            return ("fits", name, values["cohort"], values["span"], *given.values())
+
+        def part(name: str) -> pd.DataFrame:
+            rows = self._part(name, values["cohort"])
+            return rows[rows["lag"].between(*values["span"])]
+
+        def fitted(part: pd.DataFrame) -> pd.DataFrame:
             return without_attrs(fit_forgetting(part, seed=self._seed, **given))
 
-        key = ("fits", name, values["cohort"], values["span"], *given.values())
-        return self._keep(key, make)
+        fits, refused, made = {}, {}, {}
+        new = [name for name in names if key(name) not in self._kept]
+        if len(new) > 1:
+            with contextlib.suppress(InputError):  # one of them is refused, which is told below
+                rows = fitted(pd.concat([part(name) for name in new]))
+                made = {str(name): of for name, of in rows.groupby("group", observed=True)}
+        for done, name in enumerate(names):
+            work.step(f"fitting {name}", done / len(names))
+            make = partial(fitted, part(name)) if name not in made else partial(made.get, name)
+            try:
+                fits[name] = self._keep(key(name), make)
+            except InputError as reason:
+                refused[name] = str(reason)
+        return fits, refused
 
     def _view(self, values: dict, names: list[str], fits: dict, refused: dict) -> View:
         set_to = tuple(values.items())

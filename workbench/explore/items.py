@@ -150,6 +150,7 @@ class _Panel:
     subject: Subject | None = None
     _memory: dict = field(default_factory=dict)
     _drawn: dict = field(default_factory=dict)
+    _followed: tuple = ((), None)  # the lives shown last, and their events
 
     # --- asked once --------------------------------------------------------------------------
 
@@ -219,7 +220,9 @@ class _Panel:
     def _is_verdict(self, key: str) -> bool:
         metric = METRICS[key]
         share = (metric.low, metric.high) == (0.0, 1.0)
-        return share and bool(self.rows(key)["value"].isin([0.0, 1.0]).all())
+        return share and self._once(
+            ("verdict", key), lambda: _all_or_nothing(self.rows(key)["value"])
+        )
 
     def rows(self, key: str) -> pd.DataFrame:
         """The panel's rows of one metric."""
@@ -326,14 +329,17 @@ class _Panel:
         figures: dict[str, go.Figure] = {}
         code = _Code(self, name, step)
         if len(self.steps) > 1 and values["known"]:
-            events = self._once(("events", values["known"]), lambda: self._events(values["known"]))
+            shown = (values["known"], *lives)
+            if self._followed[0] != shown:
+                self._followed = (shown, self._events(values["known"], lives))
+            events = self._followed[1]
             work.step("drawing")
             figures["lives"] = self._figure(
                 "lives",
-                (values["known"], *lives),
+                shown,
                 step,
                 lambda: plot_life_lines(
-                    events[events["item"].isin(lives)],
+                    events,
                     items=self.subject.items,
                     exposures=self.subject.exposures,
                     title=f"When texts were known: {events.attrs['rule']}",
@@ -363,8 +369,19 @@ class _Panel:
         figure.layout.shapes[-1].update(x0=step, x1=step)
         return figure
 
-    def _events(self, key: str) -> pd.DataFrame:
-        return life_events(self.rows(key), control=CONTROLS)
+    def _events(self, key: str, lives: list[str]) -> pd.DataFrame:
+        """Of these texts alone: to follow all texts of a large panel takes seconds."""
+        rows = self.rows(key)
+        needed = rows["item"].isin(lives)
+        verdict = self._is_verdict(key)
+        if not verdict:
+            needed |= rows["group"].isin(CONTROLS)
+        few = rows[needed]
+        # scores that happen to be all 0 or 1 here would be read as verdicts
+        if rows["value"].isna().any() or _all_or_nothing(few["value"]) != verdict:
+            few = rows
+        events = life_events(few, control=CONTROLS)
+        return events[events["item"].isin(lives)]
 
     def _course(self, key: str, name: str, work: Work) -> pd.DataFrame:
         if key == "exposure":
@@ -519,6 +536,10 @@ class _Panel:
             )
         prompt, truth = np.split(tokens[: self.prefix + self.suffix], [self.prefix])
         return prompt, truth, model.generate(prompt[None], self.suffix)[0], model.decode
+
+
+def _all_or_nothing(value: pd.Series) -> bool:
+    return bool(value.isin([0.0, 1.0]).all())
 
 
 def _spread(names: Sequence[str], most: int) -> list[str]:

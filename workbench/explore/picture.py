@@ -86,12 +86,18 @@ def _template(dark: bool) -> dict:
 
 
 def themed(figure: go.Figure, *, dark: bool) -> dict:
-    """The figure's JSON on the page's own background; black lines turn white on a dark one."""
+    """The figure's JSON on the page's own background; black lines turn white on a dark one.
+
+    A figure that has a ground of its own, such as the grey of cells without an estimate, keeps it
+    and the black on it.
+    """
     spec = figure.to_dict()
-    if dark:
+    ground = spec["layout"].get("plot_bgcolor")
+    if dark and not ground:
         spec |= {name: _whitened(spec[name]) for name in ("data", "layout")}
     layout = spec["layout"]
-    layout |= {"template": _template(dark), "paper_bgcolor": _CLEAR, "plot_bgcolor": _CLEAR}
+    clear = {"paper_bgcolor": _CLEAR, "plot_bgcolor": ground or _CLEAR}
+    layout |= {"template": _template(dark)} | clear
     # a reader's zoom stays while the axes mean the same
     layout["uirevision"] = str([
         (name, axis.get("type"), axis.get("title", {}).get("text"))

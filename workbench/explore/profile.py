@@ -81,7 +81,8 @@ class _Profile:
     def __init__(self, measured: Measured, seed: int):
         self._measured = measured
         self._seed = seed
-        self._mine: pd.DataFrame | None = None
+        self._kinds: dict[str, pd.DataFrame] = {}
+        self._at: tuple[tuple, dict[int, pd.DataFrame]] = ((), {})  # the last texts, by checkpoint
         self._notes: list[str] = []
         self._steps: list[int] = []
         self._prepared: list[str] = []  # lines of code
@@ -120,9 +121,10 @@ class _Profile:
         self._read(work)
         work.step()  # its options are a newer wish
         kind, dose, bands = values["kind"], values["dose"], values["bands"]
-        part = self._part(kind, dose)
         work.step("estimating", 0.9)
-        profile = self._keep((kind, dose, bands), lambda: self._profile(part, bands))
+        profile = self._keep(
+            (kind, dose, bands), lambda: self._profile(self._part(kind, dose), bands)
+        )
         cohort, step = float(values["cohort"]), int(values["step"])
         of = kind if not dose else f"{kind} x{dose:g}"
         there = sorted(float(g) for g in profile["cohort"].unique())
@@ -142,13 +144,22 @@ class _Profile:
             (kind, dose, bands, cohort),
             lambda: plot_event_study(row, **study).update_xaxes(title_text=SINCE),
         )
-        figures = {"profile": plot_profile(profile, **set_to), "event_study": shown}
+        cells = self._keep(("map", kind, dose, bands), lambda: plot_profile(profile, **set_to))
+        # only the frame follows the chosen cell; to make the map anew takes longer than the rest
+        left, top = steps.index(step) - 0.5, there.index(cohort) - 0.5
+        cells.data[-1].update(
+            x=[left, left + 1, left + 1, left, left],
+            y=[top, top, top + 1, top + 1, top],
+            name=f"chosen: cohort {cohort:g}, step {step:g}",
+        )
+        figures = {"profile": cells, "event_study": shown}
         self._shown = (there, steps)
+        work.show(figures)  # a page has drawn them by the time that the words are found
         code = self._code(kind, dose, bands, cohort, set_to, study)
-        return View(figures, self._words(part, row, cohort, step), code)
+        return View(figures, self._words(kind, dose, row, cohort, step), code)
 
     def _read(self, work: Work) -> None:
-        if self._mine is None:
+        if not self._kinds:
             outcome = self._measured.read(work)
             lines = [f'mine = outcome.assign(cohort=outcome["{self._measured.clock}"])']
             lines += [f'mine = mine.drop(columns={list(EXPOSED)}, errors="ignore")']
@@ -181,13 +192,11 @@ class _Profile:
                 )
             self._prepared = lines
             self._steps = [int(step) for step in steps]
-            self._mine = mine
+            self._fill(mine)
             self._kinds = {str(kind): part for kind, part in mine.groupby("kind", observed=True)}
-        self._fill()
 
-    def _fill(self) -> None:
-        mine = self._mine
-        kinds = sorted(self._kinds)
+    def _fill(self, mine: pd.DataFrame) -> None:
+        kinds = sorted(mine["kind"].astype(str).unique())
         fill(self.controls["kind"], kinds, "passage" if "passage" in kinds else kinds[0])
         trained = mine[mine["cohort"].notna()].drop_duplicates(["cohort", "dose"])
         doses = [("all", 0), *((f"{d:g}", d) for d in sorted(trained["dose"].unique().tolist()))]
@@ -239,7 +248,7 @@ class _Profile:
         ]
         return "\n".join(lines)
 
-    def _words(self, part: pd.DataFrame, row: pd.DataFrame, cohort: float, step: int) -> str:
+    def _words(self, kind: str, dose: float, row: pd.DataFrame, cohort: float, step: int) -> str:
         base = max(each for each in self._steps if each < cohort)
         cell = row[row["step"] == step]
         if cell.empty:
@@ -249,7 +258,10 @@ class _Profile:
             )
             return paragraphs([told, KEY, *self._notes])
         cell = cell.iloc[0]
-        gains = cell_gains(part, cohort, step, base)
+        if self._at[0] != (kind, dose):
+            self._at = (kind, dose), dict(iter(self._part(kind, dose).groupby("step")))
+        both = [self._at[1][each] for each in (base, step) if each in self._at[1]]
+        gains = cell_gains(pd.concat(both), cohort, step, base)
         band = f" ({cell['lo']:.3f} to {cell['hi']:.3f})" if pd.notna(cell["lo"]) else ""
         when = (
             f"{step - cohort:g} updates after it was first met"

@@ -235,18 +235,20 @@ class _Shelf:
     def _read(self, name: str) -> pd.DataFrame | str | None:
         """The pooled rows, why there are none, or None for a report without a table."""
         path = _table_path(self.folder, name)
-        if not path.is_file():
-            return None
-        stat = path.stat()
+        known = self._tables.pop(name, None)
+        try:
+            stat = path.stat()
+        except OSError:
+            return "its table is gone; read again" if known else None
         state = (stat.st_size, stat.st_mtime_ns)
-        if self._tables.get(name, (None,))[0] != state:
+        if known is None or known[0] != state:
             try:
                 table = load(path)
-                held = table[table["item"] == ALL]
-            except InputError as error:
-                held = str(error)
-            self._tables[name] = (state, held)
-        return self._tables[name][1]
+                known = state, table[table["item"] == ALL]
+            except (OSError, ValueError) as error:  # also of a file that goes just now
+                known = state, str(error)
+        self._tables[name] = known
+        return known[1]
 
     def tables(self, usable: Sequence[dict]) -> dict[str, pd.DataFrame]:
         """Pooled rows by report."""
@@ -325,7 +327,10 @@ def _curves(
     named = [rows["report"].astype(str)]
     for name in _telling(rows, x):
         with_value = rows[name].notna()
-        value = rows[name].map(lambda each: f"{each:g}" if isinstance(each, float) else str(each))
+        # a count that is missing elsewhere is a float here, and must keep all its digits
+        value = rows[name].map(
+            lambda each: f"{each:.12g}" if isinstance(each, float) else str(each)
+        )
         named.append((", " + name + "=" + value.astype(str)).where(with_value, ""))
     rows["line"] = named[0].str.cat(named[1:]) if len(named) > 1 else named[0]
     kept = [

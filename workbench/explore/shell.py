@@ -27,6 +27,7 @@ import traitlets
 from workbench.explore.picture import TEMPLATES, Picture
 from workbench.table import InputError
 
+LINE = 500  # characters of what went wrong; some libraries say pages
 WAIT = 0.3  # seconds of work after which progress is shown; quicker answers would only flicker
 
 
@@ -160,7 +161,10 @@ def _train_suite(corpus: str, work: Work) -> None:
                 process.terminate()
                 process.wait()
         if process.returncode:
-            raise InputError(last_line())
+            raise InputError(
+                f"explore: training the suite ended with status {process.returncode}: "
+                f"{last_line() or 'it said nothing'}"
+            )
 
 
 class Foot(anywidget.AnyWidget):
@@ -210,7 +214,7 @@ class Explorer(widgets.VBox):
         self._idle.set()
         self._wish: dict | None = None
         self._work: Work | None = None
-        self._quiet = False
+        self._quiet: set[int] = set()  # threads whose changes of controls ask for nothing
         self._offer: Offer | None = None
         self._taken: Offer | None = None
         self._line = widgets.HTML()
@@ -225,11 +229,13 @@ class Explorer(widgets.VBox):
         self._progress = widgets.HBox([self._bar, stop, self._doing])
         self._progress.layout.visibility = "hidden"  # it keeps its place, so that nothing jumps
         self._foot = Foot()
+        self._told = (self._line, self._words, self._foot)
         self._foot.observe(lambda _: self._repaint(), "dark")
         for control in self.controls.values():
             control.observe(self._changed, "value")
         for picture in self.figures.values():
-            picture.layout = {"flex": f"1 1 {least}", "min_width": "0", "overflow": "hidden"}
+            place = picture.layout  # another in its place would leave this one behind
+            place.flex, place.min_width, place.overflow = f"1 1 {least}", "0", "hidden"
         wrap = {"flex_flow": "row wrap", "width": "100%"}
         super().__init__(
             [
@@ -286,6 +292,11 @@ class Explorer(widgets.VBox):
             raise
         if not done:
             raise TimeoutError(f"{self.title}: still at work after {seconds} s")
+        # what the thread sent belongs to the cell that made the explorer; who runs a notebook
+        # without a page, as a report does, records what comes of the cell that runs
+        for widget in (*self.controls.values(), *self.figures.values(), *self._told):
+            if widget.comm is not None:  # it may be closed
+                widget.send_state()
         return self
 
     def set(self, **values) -> None:
@@ -298,18 +309,43 @@ class Explorer(widgets.VBox):
     @contextlib.contextmanager
     def quietly(self) -> Iterator[None]:
         """Controls that change inside draw nothing, such as one whose options follow another."""
-        before, self._quiet = self._quiet, True
+        thread = threading.get_ident()
+        outermost = thread not in self._quiet
+        self._quiet.add(thread)
         try:
             yield
         finally:
-            self._quiet = before
+            if outermost:
+                self._quiet.discard(thread)
 
     def on_click(self, figure: str, answer: Callable) -> None:
-        """Call ``answer(x, y, trace)`` for the point of a figure that was clicked."""
-        self.figures[figure].on_click(answer)
+        """Call ``answer(x, y, trace)`` for the point of a figure that was clicked.
+
+        What it raises is the explorer's line; the figures stay.
+        """
+
+        def told(x, y, trace) -> None:
+            try:
+                answer(x, y, trace)
+            except Exception as error:  # else it would end in the kernel's log, seen by nobody
+                self._say(_reason(error))
+
+        self.figures[figure].on_click(told)
+
+    def close(self) -> None:
+        """End the work and take the explorer, with all its parts, off every page and out of memory.
+
+        A cell that is run again makes another explorer; the widgets keep the former one, with its
+        model, for as long as it is not closed.
+        """
+        if self.comm is not None:
+            self.stop()
+            for each in _below(self):
+                each.close()
+        super().close()
 
     def _changed(self, _) -> None:
-        if not self._quiet:
+        if threading.get_ident() not in self._quiet:
             self.redraw()
 
     def _fulfil(self) -> None:
@@ -328,7 +364,7 @@ class Explorer(widgets.VBox):
                 taken, self._taken = self._taken, None
                 if taken:
                     taken.make(work)
-                self._show(self._draw(values, work))
+                self._show(self._draw(values, work), work)
             except Stopped:
                 if self._wish is None:
                     self._say(
@@ -337,22 +373,17 @@ class Explorer(widgets.VBox):
                     )
             except Offer as offer:
                 self._say(str(offer), offer)
-            except InputError as error:
-                self._say(str(error))
             except BaseException as error:  # a line in the widget; the explorer stays usable
-                self._say(f"{type(error).__name__}: {' '.join(str(error).split())}")
+                self._say(_reason(error))
             finally:
                 patience.cancel()
                 with self._lock:
                     self._work = None
                 self._progress.layout.visibility = "hidden"
 
-    def _show(self, view: View) -> None:
-        with self._lock:
-            if self._wish is not None:
-                return  # a newer one is on its way
+    def _show(self, view: View, work: Work) -> None:
+        work.show(view.figures)  # not of work that was ended, though it came to its end
         self.view = view
-        self._paint(view.figures)
         self._words.value = view.words
         self._foot.code = view.code
         self._say("")
@@ -363,15 +394,18 @@ class Explorer(widgets.VBox):
                 self.figures[name].draw(figure, dark=self._foot.dark)
 
     def _repaint(self) -> None:
-        shown = {name: each.figure for name, each in self.figures.items() if each.figure}
-        self._paint(shown)
+        with self._painting:  # what is shown is looked up inside, or it would be painted over
+            for each in self.figures.values():
+                if each.figure:
+                    each.draw(each.figure, dark=self._foot.dark)
 
     def _take(self) -> None:
         self._taken = self._offer
         self.redraw()
 
     def _say(self, line: str, offer: Offer | None = None) -> None:
-        self.message = line
+        line = " ".join(line.split())
+        self.message = line = line if len(line) <= LINE else f"{line[:LINE]} …"
         self._offer = offer
         self._make.description = self._make.tooltip = offer.label if offer else ""
         self._make.layout.display = "" if offer else "none"
@@ -386,3 +420,18 @@ class Explorer(widgets.VBox):
         with self._lock:
             if self._work is work:
                 self._progress.layout.visibility = "visible"
+
+
+def _reason(error: BaseException) -> str:
+    """The message of an input error, and of others what kind they are."""
+    if isinstance(error, InputError):
+        return str(error)
+    return ": ".join(filter(None, (type(error).__name__, str(error))))
+
+
+def _below(widget: widgets.Widget) -> Iterator[widgets.Widget]:
+    """All widgets inside a widget, with what they are laid out and styled by."""
+    for child in getattr(widget, "children", ()):
+        yield from _below(child)
+        yield child
+    yield from (part for name in ("layout", "style") if (part := getattr(widget, name, None)))

@@ -147,7 +147,8 @@ def plot_rho_sweep(
         rho: Mark the edit that keeps this share.
 
     Raises:
-        InputError: A metric or method without rows, or several rows for a group and edit.
+        InputError: A metric or method without rows, several rows for a group and edit, or a
+            ``rho`` that no edit keeps.
     """
     table = validate(table)
     table = table[table["item"] == "all"]
@@ -155,6 +156,11 @@ def plot_rho_sweep(
         raise InputError(f"plot_rho_sweep: the table has no edits by {method}")
     table = table[table["method"].isin(["none", method])]
     order = sorted(table["rho"].unique(), reverse=True)
+    if rho is not None and rho not in order:
+        raise InputError(
+            f"plot_rho_sweep: no edit by {method} keeps {rho:g}; there are "
+            f"{', '.join(f'{share:g}' for share in order)}"
+        )
     figure = make_subplots(
         rows=len(metrics), shared_xaxes=True, vertical_spacing=0.16 / len(metrics)
     )

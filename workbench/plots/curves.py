@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -39,21 +41,21 @@ def plot_curve(
     if table.duplicated([x, color]).any():
         raise InputError(f"plot_curve: several rows per ({x}, {color}); summarise first")
     figure = go.Figure()
-    for index, (name, line) in enumerate(table.groupby(color, sort=False, observed=True)):
-        line = line.sort_values(x)
-        figure.add_traces(band(line, x, colour(index), str(name)))
+    for index, (value, line) in enumerate(table.groupby(color, sort=False, observed=True)):
+        line, name = line.sort_values(x), html.escape(str(value))
+        figure.add_traces(band(line, x, colour(index), name))
         figure.add_trace(
             go.Scatter(
                 x=line[x],
                 y=line["value"].round(6),
-                name=str(name),
-                legendgroup=str(name),
+                name=name,
+                legendgroup=name,
                 mode="lines+markers",
                 line={"color": colour(index)},
                 marker={"symbol": MARKERS[index % len(MARKERS)], "size": 7},
                 error_y=whiskers(line) if len(line) == 1 else None,  # a band has no width there
                 customdata=line["n"],
-                hovertemplate="%{x}: %{y:.4g} (n=%{customdata})<extra>" + str(name) + "</extra>",
+                hovertemplate="%{x}: %{y:.4g} (n=%{customdata})<extra>" + name + "</extra>",
             )
         )
     styled(figure, title=title, x=AXES.get(x, x), y=two_lines(metric))

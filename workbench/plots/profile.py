@@ -90,7 +90,12 @@ def _grid_axes(figure, steps: list, cohorts: list, sizes: pd.Series, title: str)
     for row, cohort in enumerate(cohorts):
         edge = sum(s < cohort for s in steps) - 0.5
         figure.add_shape(
-            type="line", x0=edge, x1=edge, y0=row - 0.5, y1=row + 0.5, line={"width": 2}
+            type="line",
+            x0=edge,
+            x1=edge,
+            y0=row - 0.5,
+            y1=row + 0.5,
+            line={"width": 2, "color": "#000000"},
         )
     styled(
         figure,

@@ -215,7 +215,17 @@ def _of_groups(items: pd.DataFrame, groups: Sequence[str]) -> pd.DataFrame:
 
 
 def text_tokens(model: LanguageModel, texts: Sequence[str], name: str) -> list[np.ndarray]:
-    """Token ids cut to the context; texts under two tokens predict nothing and are dropped."""
+    """Token ids cut to the context; texts under two tokens predict nothing and are dropped.
+
+    Args:
+        name: What the texts are called where something is said of them.
+
+    Returns:
+        One array a text that is left; how many are not is warned of.
+
+    Raises:
+        InputError: One text in place of a list, or none of two tokens.
+    """
     if isinstance(texts, str):
         raise InputError(f"{ASKER}: {name} is one text, needs a list of texts")
     encoded = [each[: model.context] for each in model.encode(list(texts))]
@@ -349,14 +359,23 @@ def each_edit(
     """The rows of :func:`edit_rows`, edit by edit; between two of them the model is as it was.
 
     Args:
-        grid: The unedited model, ``("none", 1.0)``, must be the first.
+        grid: Methods and shares kept; the unedited model, ``("none", 1.0)``, must be the first.
 
     Yields:
         The rows of one edit, once its weights are given back.
+
+    Raises:
+        InputError: As :func:`edit_rows`, or a grid that begins with an edit. At the first row asked
+            for, not before.
     """
     tokens, kept = _cut(model, items, prefix, suffix)
     own = None
     for method, share in grid:
+        if own is None and method != NONE:
+            raise InputError(
+                f"{ASKER}: the grid begins with {method}; prices are told against the unedited "
+                f"model, so ({NONE!r}, 1.0) must be the first"
+            )
         with _editing(bases, method, share, seed) as edit:
             loss = _held_out_loss(model, held_out, edit)
             verdicts = recitation(model, tokens, prefix)

@@ -25,6 +25,8 @@ from scipy import stats
 
 from workbench.table import InputError, one_metric, rows, validate
 
+LEAST_TEXTS = 5  # items of a curve below which an interval from resampling them is too narrow
+
 
 def item_gains(table: pd.DataFrame, *, strata: Sequence[str] = ()) -> pd.DataFrame:
     """Each trained item's change since before its first exposure, less the controls' mean change.
@@ -69,6 +71,65 @@ def item_gains(table: pd.DataFrame, *, strata: Sequence[str] = ()) -> pd.DataFra
     out = validate(mine.drop(columns=extra).assign(metric="memorization", value=value))
     out.attrs = {"without_base": dropped, "controls": table.loc[~trained, "item"].nunique()}
     return out
+
+
+def same_at_every_lag(
+    table: pd.DataFrame, *, x: str = "lag", by: Sequence[str] = ("group",), least: int = LEAST_TEXTS
+) -> pd.DataFrame:
+    """Keep the items that are watched at every lag of their curve, so that one set makes it whole.
+
+    Where exposures come in waves, the late ones are not watched for long: a mean over all items
+    then changes with who is left in it, also where no item does. Callaway & Sant'Anna (2021),
+    "Difference-in-differences with multiple time periods", balance an event study likewise, by
+    the groups that are exposed for long enough. How long an item is watched hangs on when it was
+    last trained on, not on what it kept: items are chosen by wave, not by outcome, and the curve
+    is that of the waves kept and says nothing of the others. Holes that hang on the outcome (a
+    score that could not be taken) would choose by outcome: look at who has them.
+
+    Args:
+        table: Item rows. Those without a value or without ``x`` watch nothing and are dropped.
+        x: Updates since the last exposure.
+        by: Coordinates that tell curves apart; run and metric always do. The lags of a curve are
+            those at which any of its items is watched.
+        least: Curves with fewer items left than this keep all. An interval from resampling n items
+            ends at the lowest and the highest of them, and all n lie on one side of their
+            population's median once in 2^(n - 1) times: 2 miss it in half, 4 in 12 %, 5 in 6 %.
+
+    Returns:
+        The rows of items kept, all of them where none leaves. ``.attrs`` adds ``left_out``, how
+        many items were left out of a curve; ``changing``, the curves that kept all though their
+        items change with ``x``; and ``dropped``, the rows that watch nothing.
+
+    Raises:
+        InputError: An unknown column, pooled rows, or ``least`` below 1.
+    """
+    attrs, table = table.attrs, validate(table)
+    for name in (x, *by):
+        if name not in table.columns:
+            raise InputError(f"same_at_every_lag: no column {name!r}; there are {', '.join(table)}")
+    if least < 1:
+        raise InputError(f"same_at_every_lag: least is {least}, it must be at least 1")
+    pooled = int((table["item"] == "all").sum())
+    if pooled:
+        raise InputError(
+            f"same_at_every_lag: {pooled} rows are pooled already (item is all); give item rows"
+        )
+    watched = table[table["value"].notna() & table[x].notna()]
+    kept, left_out, changing = [], set(), []
+    curves = watched.groupby(["run", "metric", *by], observed=True, dropna=False, sort=False)
+    for (run, _, *values), part in curves:
+        seen = part.groupby("item", observed=True)[x].nunique()
+        whole = seen.index[seen == part[x].nunique()]
+        if len(whole) == len(seen) or len(whole) >= least:
+            left_out |= {(run, item) for item in seen.index.difference(whole)}
+            part = part[part["item"].isin(whole)]
+        else:
+            changing.append(", ".join(map(str, values)) or "all")
+        kept.append(part)
+    out = pd.concat(kept).sort_index() if kept else watched
+    told = {"left_out": len(left_out), "changing": list(dict.fromkeys(changing))}
+    out.attrs = attrs | told | {"dropped": len(table) - len(watched)}
+    return out.reset_index(drop=True)
 
 
 def _base_steps(cohort: pd.Series, step: pd.Series) -> Int[np.ndarray, " row"]:

@@ -31,7 +31,16 @@ export default {
     place.setAttribute("role", "img");
     el.append(place);
     const loaded = (globalThis.workbenchPlotly ??= {});
-    const plotly = await (loaded[model.get("_version")] ??= load(model));
+    const version = model.get("_version");
+    let plotly;
+    try {
+      plotly = await (loaded[version] ??= load(model));
+    } catch (error) {
+      delete loaded[version]; // or no figure that comes later would try again
+      place.textContent = `The figure cannot be drawn: ${error.message}`;
+      throw error;
+    }
+    let listening = false;
     let drawn = null; // the texts that are shown
     let data; // plotly redraws traces whose arrays are others, be they equal: one set is kept
     let work = Promise.resolve();
@@ -42,12 +51,12 @@ export default {
         if (!frame || !place.clientWidth) return;
         if (drawn && drawn[0] === traces && drawn[1] === frame) return;
         if (!drawn || drawn[0] !== traces) data = JSON.parse(traces);
-        const first = !drawn;
         drawn = [traces, frame];
         await plotly.react(place, data, JSON.parse(frame), CONFIG);
         place.setAttribute("aria-label", place.layout.title?.text ?? "figure");
-        if (first) place.on("plotly_click", ({ points: [point] }) =>
+        if (!listening) place.on("plotly_click", ({ points: [point] }) =>
           model.send({ click: { x: point.x, y: point.y, trace: point.curveNumber } }));
+        listening = true;
       }).catch((error) => console.error(error));
     };
     model.on("change:traces change:frame", draw);
