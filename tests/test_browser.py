@@ -37,6 +37,7 @@ WORDS = {
     "items": {"find", "rank among decoys"},
     "curvature": {"text"},
     "forgetting": {"Held-out tail"},
+    "runs": {"read again"},
 }
 
 

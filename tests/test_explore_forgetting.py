@@ -19,6 +19,7 @@ from workbench import (
     plot_profile,
     plot_residuals,
     probe_extraction,
+    same_at_every_lag,
     summarise,
 )
 from workbench.explore.forgetting import explore_forgetting
@@ -108,12 +109,11 @@ def profile(panel):
 def by_hand(panel, names, laws, *, draws=50, holdout=0.2, span=(0, 1000)):
     gains = item_gains(panel, strata=["kind"])
     gains = gains.assign(group="passage x" + gains["dose"].astype(str).str.rjust(3))
-    after = gains[gains["lag"].notna()]
+    after = same_at_every_lag(gains[gains["lag"].between(*span)])
     parts = [after[after["group"] == name] for name in names]
     means = pd.concat([summarise(p, by=["run", "group", "metric", "lag"]) for p in parts])
-    parts = [part[part["lag"].between(*span)] for part in parts]
     fits = [fit_forgetting(p, laws=laws, draws=draws, holdout=holdout) for p in parts]
-    return means[means["lag"].between(*span)], pd.concat(fits)
+    return means, pd.concat(fits)
 
 
 def test_curves_and_laws_are_those_of_the_same_calls(panel, forgetting):
@@ -129,6 +129,7 @@ def test_curves_and_laws_are_those_of_the_same_calls(panel, forgetting):
     agree(forgetting, table=panel)
     assert "exponential (1.00)" in forgetting.view.words  # what the panel was made with
     assert ">16</td>" in forgetting.view.words  # texts behind each curve
+    assert "Who is watched changes with the lag" in forgetting.view.words  # too few stay
 
 
 def test_other_figures_of_the_same_fits(panel, forgetting):

@@ -8,7 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.test_site import write_report
-from workbench import explore_runs, plot_curve, plot_key_numbers, report_curves, report_numbers
+from workbench import (
+    explore_runs,
+    plot_curve,
+    plot_key_numbers,
+    report_curves,
+    report_numbers,
+)
 from workbench.table import PASSPORT_KEY, InputError, rows, save, validate
 
 SECONDS = 60
@@ -298,3 +304,24 @@ def test_key_numbers_stand_three_beside_one_another():
     thirteen = pd.concat([numbers[:1].assign(label=f"{n}") for n in range(13)])
     with pytest.raises(InputError, match="plot_key_numbers: 13 key numbers, a page shows 1 to 12"):
         plot_key_numbers(thirteen)
+
+
+def test_long_lines_are_thinned_evenly_and_keep_their_ends(tmp_path):
+    steps = np.arange(1, 10_002)
+    values = np.linspace(0.2, 0.8, len(steps))
+    parts = [
+        rows("auc", values, run="r", step=steps, group="long", n=5),
+        curve(0.5, 0.6, group="short"),
+    ]
+    save(validate(pd.concat(parts)), tmp_path / "much.parquet")
+    got = report_curves(tmp_path, ["much"], metric="auc", x="step")
+    long, short = (got[got["group"] == name] for name in ("long", "short"))
+    assert len(long) == 2000 and len(short) == 2 and got.attrs["points"] == 10_003
+    assert long["step"].iloc[0] == 1 and long["step"].iloc[-1] == 10_001
+    assert set(np.diff(long["step"])) == {5, 6}  # of 10,000 steps each 5.0025th
+    each = explore_runs(tmp_path).wait(SECONDS)
+    assert "2,002 of 10,003 points are drawn, evenly along each line." in each.view.words
+    again = each.view.figures["curves"]
+    each.set(log=True)
+    assert each.wait(SECONDS).message == ""
+    assert same(again.update_xaxes(type="log"), each.view.figures["curves"])

@@ -24,7 +24,7 @@ from workbench.explore.measured import (
 from workbench.explore.shell import Explorer, View, Work
 from workbench.plots.curves import plot_curve
 from workbench.plots.forgetting import plot_forgetting, plot_laws, plot_residuals
-from workbench.stats.effects import item_gains
+from workbench.stats.effects import item_gains, same_at_every_lag
 from workbench.stats.laws import LAWS, fit_forgetting
 from workbench.stats.summarise import summarise
 from workbench.subject import Subject
@@ -200,14 +200,25 @@ class _Forgetting:
             self._kept[key] = make()
         return self._kept[key]
 
-    def _means(self, name: str, across: str, cohort: float) -> pd.DataFrame:
-        part = self._part(name, cohort, across)
+    def _steady(self, name: str, values: dict) -> pd.DataFrame:
+        """The rows over lag that make a curve: of the texts watched at all of its lags."""
+
+        def make() -> pd.DataFrame:
+            part = self._part(name, values["cohort"])
+            return same_at_every_lag(part[part["lag"].between(*values["span"])])
+
+        return self._keep(("steady", name, values["cohort"], values["span"]), make)
+
+    def _means(self, name: str, values: dict) -> pd.DataFrame:
+        across, cohort = values["x"], values["cohort"]
+        over = values["span"] if across == "lag" else None
         by = ["run", "group", "metric", across]
 
         def make() -> pd.DataFrame:
+            part = self._steady(name, values) if over else self._part(name, cohort, across)
             return without_attrs(summarise(part, by=by, seed=self._seed))
 
-        return self._keep(("means", name, across, cohort), make)
+        return self._keep(("means", name, across, cohort, over), make)
 
     def _fits(self, names: list[str], values: dict, work: Work) -> tuple[dict, dict]:
         """The fits of each curve, and why others have none; all that are new are one batch."""
@@ -217,8 +228,7 @@ class _Forgetting:
             return ("fits", name, values["cohort"], values["span"], *given.values())
 
         def part(name: str) -> pd.DataFrame:
-            rows = self._part(name, values["cohort"])
-            return rows[rows["lag"].between(*values["span"])]
+            return without_attrs(self._steady(name, values).copy(deep=False))
 
         def fitted(part: pd.DataFrame) -> pd.DataFrame:
             return without_attrs(fit_forgetting(part, seed=self._seed, **given))
@@ -247,6 +257,7 @@ class _Forgetting:
         laws = self._keep(("laws", *set_to), lambda: self._laws(values, fits))
         used = {"item_gains", "summarise", *curves[2], *laws[2]}
         used |= {"fit_forgetting"} if fits else set()
+        used |= {"same_at_every_lag"} if fits or values["x"] == "lag" else set()
         lines = [*self._code(values, names, list(fits), used), *curves[1], *laws[1]]
         lines.append('figures = {"curves": curves, "laws": laws}')
         words = self._keep(("words", *set_to), lambda: self._words(values, fits, refused))
@@ -256,9 +267,7 @@ class _Forgetting:
         """Points with the laws; alone where the axis is the step, or where no law was fitted."""
         x, log = values["x"], values["log"]
         drawn = list(fits) if x == "lag" and fits else names
-        means = pd.concat([self._means(name, x, values["cohort"]) for name in drawn])
-        if x == "lag":
-            means = means[means["lag"].between(*values["span"])]
+        means = pd.concat([self._means(name, values) for name in drawn])
         if x == "lag" and fits:
             given = {"log_x": log, "holdout": values["holdout"], "title": "What is left"}
             figure = plot_forgetting(means, pd.concat(fits.values()), **given)
@@ -298,7 +307,7 @@ class _Forgetting:
         chosen = [f'named = named[named["{clock}"] == {cohort!r}]'] if cohort != ALL else []
         drawn = fitted if x == "lag" and fitted else names
         rows = "after" if x == "lag" else "named"
-        within = f'["lag"].between{values["span"]}'
+        within, over_lag = f'["lag"].between{values["span"]}', bool(fitted) or x == "lag"
         given = {"laws": list(values["laws"]), "draws": values["draws"]}
         given |= {"holdout": values["holdout"], "seed": self._seed}
         lines = [
@@ -308,15 +317,13 @@ class _Forgetting:
             'named = gains.assign(group=gains["kind"].astype(str) + " x" + dose)',
             *chosen,
             f'after = named[(named["copies"] == named["dose"]) & named["lag"].isin({plain(self._lags)})]',
+            *([f"after = same_at_every_lag(after[after{within}])"] if over_lag else []),
             f'parts = [{rows}[{rows}["group"] == name] for name in {drawn}]',
             f'by = ["run", "group", "metric", {x!r}]',
             f"means = pd.concat([summarise(part, by=by, seed={self._seed}) for part in parts])",
         ]
-        if x == "lag":
-            lines += [f"means = means[means{within}]"]
         if fitted:
             lines += [
-                f"after = after[after{within}]",
                 f'parts = [after[after["group"] == name] for name in {fitted}]',
                 f"fits = pd.concat([fit_forgetting(part, {spelled(given)}) for part in parts])",
             ]
@@ -333,6 +340,14 @@ class _Forgetting:
             told = [
                 "Points are means over texts, hollow where held out; the law preferred is thick."
             ]
+            steady = {name: self._steady(name, values) for name in fits}
+            if left := sum(rows.attrs["left_out"] for rows in steady.values()):
+                told += [f"{left} texts are left out: they are not watched at every lag."]
+            if changing := [name for name, rows in steady.items() if rows.attrs["changing"]]:
+                told += [
+                    "Who is watched changes with the lag, too few texts being watched at every one: "
+                    f"{', '.join(changing)}."
+                ]
         told += [f"{name}: {reason}" for name, reason in refused.items()]
         if self._all_lags > len(self._lags):
             told += [
@@ -349,7 +364,7 @@ class _Forgetting:
         wide = found.pivot_table(index="law", columns="metric", values="value", observed=True)
         columns = ["weight", "half_life", "rmse_holdout"]
         wide = wide.reindex(index=list(values["laws"]), columns=columns)
-        told = [name, str(self._part(name, values["cohort"])["item"].nunique())]
+        told = [name, str(self._steady(name, values)["item"].nunique())]
         if wide["weight"].notna().any():
             best = wide["weight"].idxmax()
             half = fits[(fits["law"] == best) & (fits["metric"] == "half_life")].iloc[0]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import ipywidgets as widgets
+import numpy as np
 import pandas as pd
 
 from workbench import plots
@@ -19,6 +20,7 @@ from workbench.table import BESIDE_VALUE, COLUMNS, METRICS, InputError, load
 ALL = "all"
 STEM = ".parquet"
 TABLE_ONLY = "a table"  # what stands in the place of a notebook, where there is none
+POINTS = 2000  # of a line; more are not to be told apart on a screen
 LINES = 8  # of the curves; then colours and markers repeat
 REPORTS = 40  # side by side in the figure of the key numbers
 SAID = 20  # reports named one by one below the figures
@@ -130,7 +132,9 @@ def report_curves(
 
     Returns:
         Table rows with the column ``line``: the report and what else tells its lines apart. Numbers
-        that follow from ``x`` and the rest are left out. ``.attrs["left_out"]`` counts lines.
+        that follow from ``x`` and the rest are left out. Of longer lines 2,000 points are kept, evenly
+        by rank along ``x``. ``.attrs`` has ``left_out``, a number of lines, and ``points``, how many
+        there were before.
 
     Raises:
         InputError: A table that cannot be read.
@@ -175,6 +179,8 @@ class _Shelf:
         self.notes: list[str] = []
         self._looked: bool | None = None
         self._tables: dict[str, tuple[tuple, pd.DataFrame | str]] = {}
+        self._axes: dict[str, tuple[pd.DataFrame, dict[str, list[str]]]] = {}
+        self._last: tuple[tuple, dict, pd.DataFrame] | None = None
 
     @property
     def notebooks(self) -> list[str]:
@@ -255,17 +261,40 @@ class _Shelf:
         held = {entry["name"]: self._tables.get(entry["name"]) for entry in usable}
         return {name: found[1] for name, found in held.items() if found is not None}
 
+    def curves(
+        self, tables: dict[str, pd.DataFrame], metric: str, x: str, lines: str
+    ) -> pd.DataFrame:
+        """What :func:`report_curves` gives; the last ones are kept."""
+        asked = (metric, x, lines, tuple(tables))
+        if self._last is not None:
+            known, of, curves = self._last
+            if known == asked and all(of[name] is table for name, table in tables.items()):
+                return curves
+        curves = _curves(tables, metric, x, lines, LINES)
+        self._last = asked, tables, curves
+        return curves
+
     def axes(self, usable: Sequence[dict]) -> dict[str, list[str]]:
         """By metric the coordinates along which it runs in one of the tables, where there are any."""
         found: dict[str, dict] = {}
-        for table in self.tables(usable).values():
-            names = _numeric(table)
-            counts = table.groupby("metric", observed=True)[names].nunique()
-            for metric, row in counts.iterrows():
-                runs = [name for name in names if row[name] > 1]
-                if runs:
-                    found.setdefault(str(metric), {}).update(dict.fromkeys(runs))
+        tables = self.tables(usable)
+        kept = {name: known for name, known in self._axes.items() if name in tables}
+        for name, table in tables.items():
+            if name not in kept or kept[name][0] is not table:
+                kept[name] = table, _table_axes(table)
+            for metric, runs in kept[name][1].items():
+                found.setdefault(metric, {}).update(dict.fromkeys(runs))
+        self._axes = kept
         return {metric: list(names) for metric, names in found.items()}
+
+
+def _table_axes(table: pd.DataFrame) -> dict[str, list[str]]:
+    names = _numeric(table)
+    counts = table.groupby("metric", observed=True)[names].nunique()
+    runs = {
+        str(metric): [name for name in names if row[name] > 1] for metric, row in counts.iterrows()
+    }
+    return {metric: along for metric, along in runs.items() if along}
 
 
 def _words(entry: dict) -> str:
@@ -324,15 +353,12 @@ def _curves(
     if not parts:
         raise InputError(f"report_curves: no pooled rows of {metric} over {x} in the tables given")
     rows = pd.concat(parts, ignore_index=True)
-    named = [rows["report"].astype(str)]
-    for name in _telling(rows, x):
-        with_value = rows[name].notna()
-        # a count that is missing elsewhere is a float here, and must keep all its digits
-        value = rows[name].map(
-            lambda each: f"{each:.12g}" if isinstance(each, float) else str(each)
-        )
-        named.append((", " + name + "=" + value.astype(str)).where(with_value, ""))
-    rows["line"] = named[0].str.cat(named[1:]) if len(named) > 1 else named[0]
+    told = ["report", *_telling(rows, x)]
+    # a name for each line, and not for each of a million points
+    codes = rows.groupby(told, sort=False, dropna=False, observed=True).ngroup().to_numpy()
+    _, first = np.unique(codes, return_index=True)
+    names = [_name(row) for _, row in rows.loc[first, told].iterrows()]
+    rows["line"] = np.array(names, dtype=object)[codes]
     kept = [
         line
         for line in rows["line"].unique()
@@ -343,9 +369,31 @@ def _curves(
             f"report_curves: no line of {metric} over {x} holds {lines!r}; there are "
             f"{'; '.join(rows['line'].unique()[:5])}"
         )
-    found = rows[rows["line"].isin(_in_turn(rows, kept)[:most])].reset_index(drop=True)
-    found.attrs["left_out"] = max(0, len(kept) - most)
+    found = rows[rows["line"].isin(_in_turn(rows, kept)[:most])]
+    found, points = _thinned(found, x), len(found)
+    found.attrs |= {"left_out": max(0, len(kept) - most), "points": points}
     return found
+
+
+def _name(row: pd.Series) -> str:
+    """What a line is called: its report, and the coordinates that tell it apart."""
+    # a count that is missing elsewhere is a float here, and must keep all its digits
+    values = {
+        name: f"{each:.12g}" if isinstance(each, float) else str(each)
+        for name, each in row.iloc[1:].items()
+        if pd.notna(each)
+    }
+    return ", ".join([str(row.iloc[0]), *(f"{name}={each}" for name, each in values.items())])
+
+
+def _thinned(rows: pd.DataFrame, x: str) -> pd.DataFrame:
+    """At most ``POINTS`` of each line, evenly by rank along ``x``, with the first and the last."""
+    place = rows.groupby("line", sort=False)[x].rank(method="first").to_numpy() - 1
+    size = rows.groupby("line", sort=False)[x].transform("size").to_numpy()
+    # of every stretch of size / POINTS ranks the one that begins it
+    stretch = np.floor(place * (POINTS - 1) / np.maximum(size - 1, 1))
+    before = np.floor((place - 1) * (POINTS - 1) / np.maximum(size - 1, 1))
+    return rows[(size <= POINTS) | (place == 0) | (stretch > before)].reset_index(drop=True)
 
 
 def _telling(rows: pd.DataFrame, x: str) -> list[str]:
@@ -399,7 +447,7 @@ def _view(
         metric = values["metric"] if values["metric"] in metrics else next(iter(metrics))
         x = values["x"] if values["x"] in metrics[metric] else metrics[metric][0]
         tables = shelf.tables(usable)
-        curves = _curves(tables, metric, x, values["lines"], LINES)
+        curves = shelf.curves(tables, metric, x, values["lines"])
         work.step("drawing", 0.95)
         title = TITLE_CURVES.format(METRICS[metric].label)
         log_x = values["log"]
@@ -414,6 +462,10 @@ def _view(
         if curves.attrs["left_out"]:
             notes.append(
                 f"{curves.attrs['left_out']} lines are not drawn; name some in 'lines with'."
+            )
+        if len(curves) < curves.attrs["points"]:
+            notes.append(
+                f"{len(curves):,} of {curves.attrs['points']:,} points are drawn, evenly along each line."
             )
         if log_x and (curves[x] <= 0).any():
             notes.append("What lies at 0 or below has no place on a logarithmic axis.")

@@ -20,6 +20,8 @@ from workbench.plots.style import (
 )
 from workbench.table import METRICS, InputError, one_metric, validate
 
+TICKS = 20  # on a logarithmic axis, one for each value
+
 
 def plot_curve(
     table: pd.DataFrame,
@@ -62,8 +64,10 @@ def plot_curve(
     if metric.chance is not None:
         figure.add_hline(y=metric.chance, line={"dash": "dot", "color": GREY})
     if log_x:
+        figure.update_xaxes(type="log")
         ticks = sorted(table[x].unique())
-        figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
+        if len(ticks) <= TICKS:  # more would stand on one another
+            figure.update_xaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     return figure
 
 
