@@ -23,6 +23,7 @@ EXTRACTED = {"prefix": 8, "suffix": 8}
 SHORT = {  # what makes each notebook take about a second
     "capacity": {},
     "edit_stability": EXTRACTED | {"texts": 8, "corpus": "verses"},
+    "explore": {"corpus": "verses", "results": "a report's"},
     "extraction": EXTRACTED | {"samples": 2},
     "facts": {"schedules": ["repeated", "single"], "injections": 2, "every": 3, "window": 2},
     "forgetting_curves": EXTRACTED | {"draws": 10},
@@ -199,6 +200,26 @@ def test_or_says_in_one_line_what_it_lacks(own, name, given, line):
     with pytest.raises(InputError) as caught:
         run(own, name, given)
     assert line in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "items, model, says",
+    [
+        ("grouped", "mine", ["", "One checkpoint: ", "One checkpoint: ", "", "holds no reports"]),
+        (
+            "plain",
+            "run",
+            ["", "needs a column `cohort`", "needs a column `cohort`", "", "holds no"],
+        ),
+        ("named", "run", ["", "", "", "", "holds no reports"]),
+    ],
+)
+def test_explorers_draw_or_say_in_one_line_what_they_lack(own, tmp_path, items, model, says):
+    space = run(own, "explore", on(items, model, reports=str(tmp_path)))
+    explorers = [space[name] for name in ("lives", "forgetting", "profile", "curvature", "runs")]
+    for explorer, said in zip(explorers, says, strict=True):
+        assert said in explorer.message and bool(said) == bool(explorer.message), explorer.message
+        assert "Error: " not in explorer.message and "\n" not in explorer.message
 
 
 def test_no_notebook_is_left_out():

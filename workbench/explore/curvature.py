@@ -35,7 +35,8 @@ from workbench.table import InputError
 
 METHOD = "kfac"
 BASELINES = ("saliency", "svd", "magnitude", "random")
-GROUPS = ("drip", "seen")  # of texts that a model may recite
+GROUPS = ("drip", "seen")  # of texts that a model may recite; else those of the user's own names
+ASIDE = ("never", "unseen", "partner")
 FIGURES = ("spectrum", "mask", "sweep", "frontier")
 START = 0.95  # the share of mass that is kept at first
 LABEL = 48  # characters of a text that name it in the list
@@ -203,7 +204,9 @@ class _Panel:
         # a module of its own, by subject_of: who else reads the run must never meet an edit
         self.own = given.source.at(self.step)
         self.subject = given
-        self.sought = [name for name in GROUPS if (given.items["group"] == name).any()] or ["seen"]
+        there = dict.fromkeys(given.items["group"].astype(str))
+        named = [name for name in there if name not in (*ASIDE, *GROUPS)]
+        self.sought = [name for name in GROUPS if name in there] or named or ["seen"]
         with _stoppable(self.own, work, "looking for texts that are recited"):
             found = recited_items(self.own, given.items, groups=self.sought, **self.length)
         self.lost = dict(found.attrs)

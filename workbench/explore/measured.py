@@ -17,7 +17,7 @@ from workbench.subject import Subject
 from workbench.table import InputError, load, validate
 
 SUBJECT = "# subject: the one that was given to the explorer"
-GROUPS = ("seen", "never", "unseen")
+ASIDE = ("drip", "partner")  # of the suite: met again and again, or by the twin alone
 NEEDED = ("kind", "dose", "cohort", "copies", "lag")
 EXPOSED = ("lag", "copies", "last", "wave")  # what follows the single text, not its wave
 
@@ -76,7 +76,7 @@ class Measured:
             panel = self._made(work) if self._asked else self._found()
             held = panel["metric"].astype(str).unique()
             metric = "log_probability" if "log_probability" in held else held[0]
-            keep = (panel["metric"] == metric) & panel["group"].isin(GROUPS)
+            keep = (panel["metric"] == metric) & ~panel["group"].isin(ASIDE)
             self.outcome = without_attrs(panel[keep].reset_index(drop=True))
         return self.outcome
 
@@ -147,7 +147,7 @@ class Measured:
             f"from workbench import {', '.join(sorted(names))}",
             "",
             *made,
-            f'outcome = table[(table["metric"] == {metric!r}) & table["group"].isin({list(GROUPS)})]',
+            f'outcome = table[(table["metric"] == {metric!r}) & ~table["group"].isin({list(ASIDE)})]',
         ]
 
 
