@@ -171,6 +171,7 @@ def run_all(page) -> None:
 
 def settled(page, nth: int) -> dict:
     """What an explorer shows once it has drawn and is no longer at work."""
+    page.locator(".workbench-explorer").nth(nth).wait_for(state="attached", timeout=PATIENCE)
     deadline, before = time.monotonic() + PATIENCE / 1000, None
     while time.monotonic() < deadline:
         now = page.evaluate(SHOWN, nth)

@@ -19,6 +19,8 @@ PICTURE = Path(__file__).parent.parent / "data" / "pictures" / "report.png"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 FIGURE = 5  # counted from 0: the event study of real passages, with the prose on how to read it
 
+HIGHEST = 1160  # pixels of an explorer that are shown
+
 
 def main(reports: Path) -> None:
     """Screenshot one figure of the memorization report with what stands around it."""
@@ -53,7 +55,8 @@ def explorers(notebook: Path) -> None:
             explorer.scroll_into_view_if_needed()
             page.wait_for_timeout(1000)  # a figure that comes into view is fitted to its place
             picture = PICTURE.with_name(f"explore_{name}.png")
-            explorer.screenshot(path=picture)
+            clip = explorer.bounding_box()
+            page.screenshot(path=picture, clip=clip | {"height": min(clip["height"], HIGHEST)})
             print(picture)
 
 
