@@ -32,7 +32,7 @@ KEPT = 30  # profiles that are remembered
 SINCE = "updates since the first exposure (placebo: before it)"
 KEY = (
     "Framed is the chosen cell, a line marks the first exposure, a dot a band that includes 0; "
-    "without colour is the checkpoint that a row is compared with."
+    "grey is the checkpoint that a row is compared with."
 )
 WORDS = {"description_width": "7em"}
 WIDE = {"width": "21em"}
