@@ -20,7 +20,7 @@ from workbench.table import BESIDE_VALUE, COLUMNS, METRICS, InputError, load
 ALL = "all"
 STEM = ".parquet"
 TABLE_ONLY = "a table"  # what stands in the place of a notebook, where there is none
-POINTS = 2000  # of a line; more are not to be told apart on a screen
+POINTS = 500  # of a line; more are not to be told apart on a screen
 LINES = 8  # of the curves; then colours and markers repeat
 REPORTS = 40  # side by side in the figure of the key numbers
 SAID = 20  # reports named one by one below the figures
@@ -132,7 +132,7 @@ def report_curves(
 
     Returns:
         Table rows with the column ``line``: the report and what else tells its lines apart. Numbers
-        that follow from ``x`` and the rest are left out. Of longer lines 2,000 points are kept, evenly
+        that follow from ``x`` and the rest are left out. Of longer lines 500 points are kept, evenly
         by rank along ``x``. ``.attrs`` has ``left_out``, a number of lines, and ``points``, how many
         there were before.
 
