@@ -12,9 +12,11 @@ from workbench import (
     explore_runs,
     plot_curve,
     plot_key_numbers,
+    publish,
     report_curves,
     report_numbers,
 )
+from workbench.site import COMBINED
 from workbench.table import PASSPORT_KEY, InputError, rows, save, validate
 
 SECONDS = 60
@@ -325,3 +327,46 @@ def test_long_lines_are_thinned_evenly_and_keep_their_ends(tmp_path):
     each.set(log=True)
     assert each.wait(SECONDS).message == ""
     assert same(again.update_xaxes(type="log"), each.view.figures["curves"])
+
+
+def test_a_table_that_changes_meanwhile_is_read_again(tmp_path):
+    path = tmp_path / "a.parquet"
+    save(validate(curve(0.5, 0.6)), path)
+    each = explore_runs(tmp_path).wait(SECONDS)
+    save(validate(curve(0.5, 0.6, 0.8)), path)
+    each.set(log=True)
+    (line,) = [t for t in each.wait(SECONDS).view.figures["curves"].data if t.name == "a"]
+    assert list(line.y) == [0.5, 0.6, 0.8]
+
+
+def test_numbers_are_offered_commonest_first_and_undefined_ones_told(tmp_path):
+    undefined = rows("auc", np.nan, run="r", n=0, beside={"reason": "one class"})
+    for name, labels in (("a", ["rare", "common"]), ("b", ["common"])):
+        made = write_report(tmp_path, name)
+        key = {label: rows("auc", 0.6, run="r", n=7) for label in labels}
+        publish(curve(0.5, 0.6), key=key | {"none": undefined}, results=made)
+    each = explore_runs(tmp_path).wait(SECONDS)
+    assert each.controls["number"].options == ("all", "common", "none", "rare")
+    for name in "ab":
+        assert f"{name}: none is undefined (one class)." in each.view.words
+    each.set(number="rare")
+    (one,) = each.wait(SECONDS).view.figures["numbers"].data
+    assert (one.name, list(one.x)) == ("a", [0.6])
+    assert "undefined" not in each.view.words
+
+
+def test_what_was_chosen_stays_where_it_can(tmp_path):
+    for name in ("a", "b"):
+        parts = [rows(metric, [0.5, 0.6], run="r", step=[1, 2]) for metric in ("auc", "top1")]
+        save(validate(pd.concat(parts)), tmp_path / f"{name}.parquet")
+    save(validate(curve(0.5, 0.6)), tmp_path / "c.parquet")
+    save(validate(curve(0.5, 0.6)), tmp_path / COMBINED)  # of a site: all of its reports in one
+    each = explore_runs(tmp_path).wait(SECONDS)
+    assert [name for _, name in each.controls["reports"].options] == ["a", "b", "c"]
+    second = each.controls["metric"].options[1][1]
+    each.set(metric=second)
+    each.wait(SECONDS).set(reports=("b",))
+    assert each.wait(SECONDS).controls["metric"].value == second
+    save(validate(curve(0.5, 0.6)), tmp_path / "b.parquet")  # a metric that is gone cannot stay
+    each.set(log=True)
+    assert each.wait(SECONDS).controls["metric"].value == "auc" and not each.message

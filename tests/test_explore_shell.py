@@ -370,7 +370,7 @@ def test_a_click_is_answered_before_and_after_other_traces_are_drawn():
     click(picture, 1)
     picture.draw(go.Figure(go.Heatmap(z=[[1, 2]])))
     click(picture, 2)
-    click(picture, 3, trace=1)  # of a trace that is gone
+    picture._told(picture, {"click": {"x": 3, "y": 30, "trace": 1}}, [])  # of one that is gone
     assert clicks == [(1, 10, "scatter"), (2, 20, "heatmap")]
 
 
@@ -461,6 +461,32 @@ def test_stopped_training_ends_its_process(monkeypatch):
     with pytest.raises(Stopped):
         _train_suite("", work)
     assert running[0].poll() not in (None, 0)
+
+
+def test_training_tells_how_far_it_is(monkeypatch):
+    popen, told = subprocess.Popen, []
+    code = "import time; print(' 37%|### | 259/700', flush=True); time.sleep(60)"
+    monkeypatch.setattr(
+        "workbench.explore.shell.subprocess.Popen",
+        lambda command, **more: popen([sys.executable, "-c", code], **more),
+    )
+
+    def tell(what, share):
+        told.append((what, share))
+        if share is not None:
+            work.stop()
+
+    work = Work(tell)
+    with pytest.raises(Stopped):
+        _train_suite("", work)
+    assert told[0] == ("training", None) and told[-1] == ("37%|### | 259/700", 0.37)
+
+
+def test_progress_goes_back_to_nothing_and_stays_where_none_is_told():
+    each = explorer().wait(SECONDS)
+    for share, shown_share in ((0.5, 0.5), (None, 0.5), (0.0, 0.0)):
+        each._tell("at work", share)
+        assert each._bar.value == shown_share
 
 
 def test_a_given_subject_gets_a_module_of_its_own(tiny):

@@ -570,10 +570,6 @@ def _execute(plan: Plan, folder: Path, where: str, kernel: _Kernel, log: _Log, s
     Returns:
         The executed notebook, cleaned; how it failed, or None; and how far it went.
     """
-    import papermill
-
-    # what it has to say is in the exception
-    logging.getLogger("papermill").setLevel(logging.CRITICAL)
     notebook = _prepared(plan, folder)
     work = [i for i, c in enumerate(notebook.cells) if c.cell_type == "code" and c.source.strip()]
     number = {index: nth for nth, index in enumerate(work, start=1)}
@@ -601,24 +597,7 @@ def _execute(plan: Plan, folder: Path, where: str, kernel: _Kernel, log: _Log, s
     with kernel.watched(), _event_loop():
         for attempt in range(1, STARTS + 1):
             try:
-                whole = papermill.execute_notebook(
-                    notebook,
-                    None,
-                    kernel_name="python3",
-                    progress_bar=False,
-                    start_timeout=START_SECONDS,
-                    autosave_cell_every=0,
-                    resources={"metadata": {"path": where}},
-                    kernel_manager_class=kernel.manager_class(log.file),
-                    on_cell_execute=on_cell_execute,
-                    on_cell_executed=on_cell_executed,
-                    record_timing=False,
-                    store_widget_state=True,  # of explorers, which become figures
-                    # a history in the user's home is shared, and locked, by all kernels
-                    extra_arguments=["--log-level=CRITICAL", "--HistoryManager.enabled=False"],
-                )
-                if state := whole.metadata.get("widgets"):
-                    notebook.metadata["widgets"] = state
+                _run_cells(notebook, where, kernel, log, on_cell_execute, on_cell_executed)
             except OSError:
                 raise
             # papermill's, nbclient's, zmq's: each is a report that failed
@@ -638,6 +617,32 @@ def _execute(plan: Plan, folder: Path, where: str, kernel: _Kernel, log: _Log, s
         _mark_failed(notebook, max(at, 0), failure)
     went = {"cells_seconds": round(own, 2), "passed": passed, "cells": len(work)}
     return notebook, failure, went
+
+
+def _run_cells(notebook, where: str, kernel: _Kernel, log: _Log, begins, ends) -> None:
+    """Run a notebook by papermill, which calls ``begins`` and ``ends`` around each cell of code."""
+    import papermill
+
+    # what it has to say is in the exception
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)
+    whole = papermill.execute_notebook(
+        notebook,
+        None,
+        kernel_name="python3",
+        progress_bar=False,
+        start_timeout=START_SECONDS,
+        autosave_cell_every=0,
+        resources={"metadata": {"path": where}},
+        kernel_manager_class=kernel.manager_class(log.file),
+        on_cell_execute=begins,
+        on_cell_executed=ends,
+        record_timing=False,
+        store_widget_state=True,  # of explorers, which become figures
+        # a history in the user's home is shared, and locked, by all kernels
+        extra_arguments=["--log-level=CRITICAL", "--HistoryManager.enabled=False"],
+    )
+    if state := whole.metadata.get("widgets"):
+        notebook.metadata["widgets"] = state
 
 
 @contextlib.contextmanager
